@@ -1,0 +1,95 @@
+"""Chance is drawn here from a `torch.Generator`, and applied by functions that hold no chance.
+
+Source: §5.5.2 (scaling 70-130 %, rotation ±0.5 rad, translation ±8 of 64 voxels) and §5.2.5 (random crops of the
+template).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from deepatlas import affine, grid
+from deepatlas.shapes import Affine, Coordinates, Image
+
+
+def draw_uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
+    """Uniform numbers of a generator."""
+    return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def draw_affine(
+    batch: int, generator: Generator, scale: float = 0.3, rotation: float = 0.5, translation: float = 0.25
+) -> Affine:
+    """Random maps from an augmented box to the box of the exam.
+
+    Args:
+        scale: zoom of each axis within 1 ± scale.
+        rotation: radians about each axis, ± rotation.
+        translation: in box units, ± translation (8 of 64 voxels are 0.25).
+
+    Source: §5.5.2.
+    """
+    zoom = draw_uniform((batch, 3), 1 - scale, 1 + scale, generator)
+    turn = affine.rotation(draw_uniform((batch, 3), -rotation, rotation, generator))
+    shift = draw_uniform((batch, 3), -translation, translation, generator)
+    return affine.from_parts(turn @ torch.diag_embed(zoom), shift)
+
+
+class Cut(NamedTuple):
+    """Half-spaces ``normal · x < offset`` in the box frame; what lies outside one of them is not in the scan."""
+
+    normal: Float[Tensor, "batch plane 3"]
+    offset: Float[Tensor, "batch plane"]
+
+
+def draw_cut(batch: int, generator: Generator, probability: float = 0.5, least: float = 0.25) -> Cut:
+    """Random limits of the field of view: each of the six sides is cut off with a probability.
+
+    The ends (axis k) are cut up to ``least`` of the centre, the sides half as deep.
+    """
+    normal = torch.cat([torch.eye(3), -torch.eye(3)])[None].repeat(batch, 1, 1)
+    normal = normal + draw_uniform((batch, 6, 3), -0.08, 0.08, generator)
+    depth = torch.tensor([0.5, 0.5, 1.0, 0.5, 0.5, 1.0]) * (1 - least)
+    offset = 1 - torch.rand((batch, 6), generator=generator) * depth
+    spared = torch.rand((batch, 6), generator=generator) > probability * torch.tensor([0.4, 0.2, 1.0, 0.4, 0.2, 1.0])
+    return Cut(normal, torch.where(spared, torch.inf, offset))
+
+
+def outside_cut(cut: Cut, points_box: Float[Tensor, "batch 3 i j k"]) -> Tensor:
+    """Where a field of view has been cut off: boolean (batch, 1, i, j, k)."""
+    lost = torch.zeros_like(points_box[:, :1], dtype=torch.bool)
+    for plane in range(cut.offset.shape[1]):
+        if torch.isinf(cut.offset[:, plane]).all():
+            continue
+        height = torch.einsum("ba,baijk->bijk", cut.normal[:, plane], points_box)[:, None]
+        lost |= height > cut.offset[:, plane].view(-1, 1, 1, 1, 1)
+    return lost
+
+
+def draw_bend(batch: int, generator: Generator, amplitude: float = 0.06, nodes: int = 5) -> Coordinates:
+    """A smooth random displacement in the box frame, on a coarse grid: to be added to box coordinates."""
+    coarse = torch.randn((batch, 3, nodes, nodes, nodes), generator=generator)
+    size = torch.rand((batch, 1, 1, 1, 1), generator=generator) * amplitude
+    return coarse * size
+
+
+def draw_tone(batch: int, generator: Generator, amount: float) -> Float[Tensor, "batch 3"]:
+    """Contrast, brightness and noise of an exam: gain 1 ± amount, offset ± amount / 4, sigma up to amount / 8."""
+    gain = draw_uniform((batch, 1), 1 - amount, 1 + amount, generator)
+    offset = draw_uniform((batch, 1), -amount / 4, amount / 4, generator)
+    return torch.cat([gain, offset, draw_uniform((batch, 1), 0, amount / 8, generator)], dim=1)
+
+
+def apply_tone(image: Image, tone: Float[Tensor, "batch 3"], generator: Generator) -> Image:
+    """Change soft-tissue contrast, keeping air at 0 and bone at 1."""
+    gain, offset, sigma = (tone[:, a].view(-1, 1, 1, 1, 1) for a in range(3))
+    noise = torch.randn(image.shape, generator=generator) * sigma
+    inner = ((image - 0.5) * gain + 0.5 + offset + noise).clamp(0, 1)
+    return torch.where((image > 0) & (image < 1), inner, image)
+
+
+def place(matrix: Affine, shape: tuple[int, int, int]) -> Coordinates:
+    """Where every voxel of an augmented grid lies in the exam's box."""
+    return affine.apply(matrix, grid.identity(shape, matrix.dtype))

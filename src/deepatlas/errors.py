@@ -1,0 +1,25 @@
+"""Errors a user can mend: one line that says what was expected, what came, and what to do."""
+
+
+class DeepAtlasError(Exception):
+    """Base of every refusal. The command line prints the message and ends with exit code 1."""
+
+
+class ExamError(DeepAtlasError):
+    """An exam, or a folder of exams, that cannot be used."""
+
+
+class LabelError(DeepAtlasError):
+    """A label map, or a table of label names, that cannot be used."""
+
+
+class CohortError(DeepAtlasError):
+    """A prepared cohort that cannot be read or extended."""
+
+
+class ModelError(DeepAtlasError):
+    """A model folder or a checkpoint that cannot be used."""
+
+
+class StructureError(DeepAtlasError):
+    """A structure that the library does not hold, or that cannot be defined."""

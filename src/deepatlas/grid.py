@@ -1,0 +1,128 @@
+"""Grids: identity, trilinear sampling and its adjoint, corner-kept resizing. The only `grid_sample` stands here.
+
+All coordinates are in the box frame: -1 ... +1 from the centre of the first to the centre of the last node, channel
+``a`` for array axis ``a``. PyTorch's reversed axis order is met once, in `sample_reference`.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from deepatlas import kernels_cpu
+from deepatlas.shapes import Coordinates, Features
+
+
+def identity(
+    shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Float[Tensor, "1 3 i j k"]:
+    """The box coordinate of every node of a grid: `sample(f, identity(f.shape[2:])) == f`."""
+    axes = [torch.linspace(-1, 1, n, dtype=dtype, device=device) if n > 1 else torch.zeros(1) for n in shape]
+    return torch.stack(torch.meshgrid(*[a.to(dtype).to(device) for a in axes], indexing="ij"))[None]
+
+
+def inside(coords_box: Float[Tensor, "batch 3 *points"]) -> Tensor:
+    """Where a point lies in the box, faces included: boolean (batch, 1, *points). NaN lies outside."""
+    return (coords_box.abs() <= 1).all(dim=1, keepdim=True)
+
+
+def resize(field: Features, shape: tuple[int, int, int]) -> Features:
+    """Linear resampling that keeps the corners in place.
+
+    Source: §5.2.2.
+    """
+    if tuple(field.shape[2:]) == tuple(shape):
+        return field
+    return F.interpolate(field, size=tuple(shape), mode="trilinear", align_corners=True)
+
+
+def sample(
+    field: Float[Tensor, "batch channel i j k"], coords_box: Float[Tensor, "batch 3 *points"]
+) -> Float[Tensor, "batch channel *points"]:
+    """Pull: trilinear values of a field at box coordinates, ``(field ∘ coords)``.
+
+    Args:
+        field: values at the nodes of a grid; a batch of 1 is used for every exam.
+        coords_box: where to sample, any number of trailing axes. A point outside the box takes the value at the
+            nearest face and has no gradient there; NaN and infinity are harmless.
+
+    Returns:
+        Values, differentiable in both arguments. On a CPU in float32 or float64 by a fused kernel, else by PyTorch.
+
+    Source: §5.1.1 ("linear interpolation resampling").
+    """
+    if field.shape[0] != coords_box.shape[0]:
+        field = field.expand(coords_box.shape[0], *field.shape[1:])
+    if has_kernel(field, coords_box):
+        return _Sample.apply(field, coords_box)
+    return sample_reference(field, coords_box)
+
+
+def sample_reference(field: Features, coords_box: Float[Tensor, "batch 3 *points"]) -> Tensor:
+    """`sample` in plain PyTorch: what the kernels are held equal to."""
+    points = torch.nan_to_num(coords_box, nan=-1.0, posinf=1e6, neginf=-1e6).clamp(-1e6, 1e6)
+    trailing = points.shape[2:]
+    where = points.flatten(2).transpose(1, 2).flip(-1)[:, :, None, None]
+    values = F.grid_sample(field, where, mode="bilinear", padding_mode="border", align_corners=True)
+    return values.reshape(*values.shape[:2], *trailing)
+
+
+def splat(
+    values: Float[Tensor, "batch channel *points"],
+    coords_box: Float[Tensor, "batch 3 *points"],
+    shape: tuple[int, int, int],
+) -> Features:
+    """Push: the adjoint of `sample`, ``⟨sample(f, y), v⟩ = ⟨f, splat(v, y)⟩`` for every field f."""
+    field = torch.zeros(values.shape[0], values.shape[1], *shape, dtype=values.dtype, device=values.device)
+    if has_kernel(field, coords_box):
+        return _sample_backward(field, coords_box, values, want_field=True, want_points=False)[0]
+    field.requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(sample_reference(field, coords_box), field, values)
+    return gradient
+
+
+def has_kernel(*tensors: Tensor) -> bool:
+    """Whether the fused CPU kernels serve these tensors: one device, one type, float32 or float64."""
+    kinds = {(t.device.type, t.dtype) for t in tensors}
+    return len(kinds) == 1 and kinds <= {("cpu", torch.float32), ("cpu", torch.float64)}
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """A contiguous NumPy view (batch, channel, everything else)."""
+    return tensor.detach().contiguous().flatten(2).numpy()
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, field: Tensor, coords: Tensor) -> Tensor:
+        ctx.save_for_backward(field, coords)
+        out = torch.empty(coords.shape[0], field.shape[1], *coords.shape[2:], dtype=field.dtype)
+        kernels_cpu.sample(flat(field), tuple(field.shape[2:]), flat(coords), out.flatten(2).numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        field, coords = ctx.saved_tensors
+        return _sample_backward(field, coords, grad, *ctx.needs_input_grad)
+
+
+def _sample_backward(field: Tensor, coords: Tensor, grad: Tensor, want_field: bool, want_points: bool):
+    batch, channels, shape = field.shape[0], field.shape[1], tuple(field.shape[2:])
+    parts = kernels_cpu.parts_for(batch) if want_field else max(1, torch.get_num_threads())
+    nodes = shape[0] * shape[1] * shape[2] if want_field else 0
+    buffers = torch.zeros(parts, batch, channels, nodes, dtype=field.dtype)
+    grad_points = torch.empty(coords.shape if want_points else (batch, 3, 0), dtype=field.dtype)
+    kernels_cpu.sample_backward(
+        flat(field),
+        shape,
+        flat(coords),
+        flat(grad),
+        grad_points.flatten(2).numpy(),
+        buffers.numpy(),
+        want_points,
+        want_field,
+    )
+    grad_field = (buffers[0] if parts == 1 else buffers.sum(0)).view(batch, channels, *shape) if want_field else None
+    return grad_field, (grad_points if want_points else None)

@@ -1,0 +1,190 @@
+"""The coordinate network: encoder, decoder and multi-resolution heads.
+
+Source: §2.2, §5.2.1, §5.2.2, figure 2. The paper prints 4,277,617 parameters but not the depth F of its feature maps;
+`parameter_count` gives ours. The wide heads cost nothing: between the head's last convolution and the shared one
+stands nothing that is not linear, so the two are folded into one kernel inside autograd, and no tensor of F channels
+exists at full resolution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deepatlas import grid
+from deepatlas.shapes import Coordinates, Features, Image
+
+LEAK = 0.1
+"""Slope of every leaky ReLU (§2.2)."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Size of a coordinate network. The defaults are the paper's."""
+
+    size: int = 64
+    """Nodes along each axis of the input grid."""
+    widths: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Channels at each resolution, finest first; each halves the grid of the one before."""
+    head_channels: int = 256
+    """F: depth of the feature maps f_l."""
+    stem_stride: int = 1
+    """2: the first resolution has half the nodes of the input, which only the stem sees in full."""
+    groups: int = 8
+    """Groups of every group normalisation (fewer where there are fewer channels)."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Nodes along each axis at each resolution, finest first."""
+        return tuple(self.size // self.stem_stride // 2**level for level in range(len(self.widths)))
+
+
+COMPACT = NetworkConfig(widths=(16, 32, 64, 96), head_channels=32, stem_stride=2)
+"""For training on a CPU: the stem sees 64³, everything else runs at 32³ and below."""
+
+
+class Convolution(nn.Module):
+    """Pre-activation block: group normalisation → leaky ReLU → weight-standardised 3³ convolution.
+
+    Source: §2.2, references 15-17.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(min(groups, channels_in), channels_in)
+        self.weight = nn.Parameter(torch.empty(channels_out, channels_in, 3, 3, 3))
+        self.gain = nn.Parameter(torch.ones(channels_out))
+        self.bias = nn.Parameter(torch.zeros(channels_out))
+        nn.init.kaiming_normal_(self.weight, a=LEAK)
+
+    def forward(self, x: Features) -> Features:
+        x = F.leaky_relu(self.norm(x), LEAK)
+        return F.conv3d(x, standardise(self.weight, self.gain), self.bias, padding=1)
+
+
+def standardise(
+    weight: Float[Tensor, "out in a b c"], gain: Float[Tensor, "out"], eps: float = 1e-5
+) -> Float[Tensor, "out in a b c"]:
+    """Each output channel's kernel with mean 0 and variance 1/fan-in, times its gain. Source: reference 17."""
+    variance, mean = torch.var_mean(weight, dim=(1, 2, 3, 4), keepdim=True, correction=0)
+    scale = gain.view(-1, 1, 1, 1, 1) * torch.rsqrt(variance * weight[0].numel() + eps)
+    return (weight - mean) * scale
+
+
+class Residual(nn.Module):
+    """A pair of pre-activation blocks with a residual connection; 1³ projection where the depth changes."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
+        super().__init__()
+        self.first = Convolution(channels_in, channels_out, groups)
+        self.second = Convolution(channels_out, channels_out, groups)
+        self.skip = nn.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        nn.init.zeros_(self.second.gain)
+
+    def forward(self, x: Features) -> Features:
+        return self.skip(x) + self.second(self.first(x))
+
+
+class Backbone(nn.Module):
+    """Encoder and decoder with additive skips: image → one feature map per resolution, finest first.
+
+    Source: §2.2. Resampling keeps corners in place (§5.2.2).
+    """
+
+    def __init__(self, widths: tuple[int, ...], groups: int, stem_stride: int = 1) -> None:
+        super().__init__()
+        self.stem_stride = stem_stride
+        self.stem = nn.Conv3d(1, widths[0], 3, padding=1)
+        before = (widths[0], *widths[:-1])
+        self.encoder = nn.ModuleList(Residual(a, b, groups) for a, b in zip(before, widths, strict=True))
+        self.decoder = nn.ModuleList(Residual(b, a, groups) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, image: Image, finest: int = 0) -> list[Features | None]:
+        """Features at every resolution from ``finest`` down; finer ones are not computed and stand as None."""
+        x = self.stem(image)
+        if self.stem_stride > 1:
+            x = grid.resize(F.leaky_relu(x, LEAK), tuple(n // self.stem_stride for n in image.shape[2:]))
+        skips = []
+        for level, block in enumerate(self.encoder):
+            if level:
+                x = grid.resize(x, tuple(n // 2 for n in x.shape[2:]))
+            x = block(x)
+            skips.append(x)
+        features: list[Features | None] = [None] * len(skips)
+        features[-1] = x
+        for level in range(len(skips) - 2, finest - 1, -1):
+            x = skips[level] + grid.resize(self.decoder[level](x), tuple(skips[level].shape[2:]))
+            features[level] = x
+        return features
+
+
+class Head(nn.Module):
+    """Dense head of one resolution: residual block, then a convolution block to F channels, ready to be folded.
+
+    Source: §2.2.1. ``gain`` is ours: it starts at 0, so a new level begins as a copy of the one above it.
+    """
+
+    def __init__(self, channels: int, head_channels: int, groups: int, gain: float) -> None:
+        super().__init__()
+        self.block = Residual(channels, channels, groups)
+        self.last = Convolution(channels, head_channels, groups)
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x: Features, shared: Float[Tensor, "3 feature"]) -> Float[Tensor, "batch 3 i j k"]:
+        """``gain · shared · f_l``: the two linear maps folded into one kernel, equal up to rounding."""
+        x = self.block(x)
+        x = F.leaky_relu(self.last.norm(x), LEAK)
+        weight = torch.einsum("of,fcijk->ocijk", shared, standardise(self.last.weight, self.last.gain))
+        return F.conv3d(x, self.gain * weight, self.gain * (shared @ self.last.bias), padding=1)
+
+
+class CoordinateNetwork(nn.Module):
+    """``c_n = F(x_n)``: an atlas coordinate for every voxel.
+
+    With z_L = W f_L + b at the coarsest resolution and z_l = atanh(c_{l+1} upsampled) + g_l W f_l at every other one,
+    c_l = tanh z_l. The shared W is a bare 1³ convolution, the same weights at all levels; as g_l starts at 0, each
+    level begins as the map of the level above, resampled.
+
+    Source: §2.2.1 and figure 2.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        levels = len(config.widths)
+        self.backbone = Backbone(config.widths, config.groups, config.stem_stride)
+        self.heads = nn.ModuleList(
+            Head(width, config.head_channels, config.groups, gain=float(level == levels - 1))
+            for level, width in enumerate(config.widths)
+        )
+        self.shared = nn.Parameter(torch.empty(3, config.head_channels))
+        self.offset = nn.Parameter(torch.zeros(3))
+        nn.init.normal_(self.shared, std=0.5 * config.head_channels**-0.5)
+
+    @property
+    def coarsest(self) -> int:
+        """Index of the coarsest level, the first to be trained."""
+        return len(self.heads) - 1
+
+    def forward(self, image: Image, level: int = 0) -> Coordinates:
+        """The map of one level on its own grid, atlas frame; `grid.resize` brings it to any other.
+
+        Args:
+            image: (batch, 1, size, size, size), 0 ... 1, axes R, A, S.
+            level: 0 is the finest; levels finer than it are not computed.
+        """
+        features = self.backbone(image, level)
+        logits = self.heads[self.coarsest](features[-1], self.shared) + self.offset.view(1, 3, 1, 1, 1)
+        for finer in range(self.coarsest - 1, level - 1, -1):
+            above = torch.tanh(logits.float())
+            shape = tuple(features[finer].shape[2:])
+            above = torch.atanh(grid.resize(above, shape).clamp(-1 + 1e-6, 1 - 1e-6))
+            logits = above + self.heads[finer](features[finer], self.shared).float()
+        return torch.tanh(logits.float())
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Trainable numbers of a module."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,168 @@
+"""The self-supervised objective: explicit and implicit registration, both with similarity and smoothness.
+
+Source: §2.3 and §5.1. Where the paper gives no weight, ours were chosen on validation exams (`docs/recipes.md`).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from deepatlas import grid, losses, warp
+from deepatlas.autoencoder import Autoencoder
+from deepatlas.shapes import Coordinates, Features, Image, Mask
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the terms. The paper prints none."""
+
+    explicit: float = 1.0
+    implicit: float = 1.0
+    edges: float = 1.0
+    """Of the Prewitt channel within either similarity (§5.1.5)."""
+    smooth_explicit: float = 0.5
+    smooth_implicit: float = 0.5
+    unsolved: float = 0.3
+    """Of the residual that the implicit solve leaves, in voxels: leaving it out would reward insoluble maps."""
+
+
+class Exams(NamedTuple):
+    """A batch on the grid of the loss."""
+
+    image: Image
+    foreground: Mask
+    """Where the exam shows the patient and the network could see it."""
+    mm_per_box: Float[Tensor, "batch 3 3"]
+    """Linear part of box → mm, augmentation included: Jacobians are taken from mm to mm."""
+
+
+class Atlas(NamedTuple):
+    """The learnable template X."""
+
+    image: Float[Tensor, "1 1 i j k"]
+    mm_per_atlas: Float[Tensor, "1 3 3"]
+    """Linear part of atlas → mm of the seed exam."""
+
+
+class Terms(NamedTuple):
+    """The loss and what it is made of, each a mean over the batch."""
+
+    loss: Tensor
+    explicit: Tensor
+    """1 − feature correlation of X ∘ c_n and x_n."""
+    implicit: Tensor
+    edges: Tensor
+    smooth_explicit: Tensor
+    smooth_implicit: Tensor
+    unsolved: Tensor
+    folded: Tensor
+    """Share of foreground voxels with det ≤ 0 in Φ_E."""
+    converged: Tensor
+    """Share of the foreground in both exams' views where Φ_I was found."""
+
+
+def objective(c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Autoencoder, weights: Weights) -> Terms:
+    """loss_Φ_E + loss_Φ_I of a batch; each exam q is paired with the one before it, p. Source: eq. 2 and 3."""
+    target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
+    explicit, edges_e = _similarity(
+        autoencoder, _warp_atlas(atlas, c_atlas), target, exams.foreground, exams.mm_per_box
+    )
+    jacobian = to_mm(warp.jacobian(c_atlas), atlas.mm_per_atlas, exams.mm_per_box)
+    smooth_e, folded = losses.smoothness(jacobian, exams.foreground)
+
+    def partner(x: Tensor) -> Tensor:
+        return x.roll(1, dims=0)
+
+    c_p, foreground_p, mm_p = partner(c_atlas), partner(exams.foreground), partner(exams.mm_per_box)
+    found = warp.implicit(c_p, c_atlas, foreground_p, exams.foreground)
+    edges_p = partner(target.edges)
+    moved = grid.sample(torch.cat([partner(exams.image), edges_p], dim=1), found.phi_box)
+    implicit, edges_i = _similarity(
+        autoencoder, (moved[:, :1], moved[:, 1:]), target, found.valid, exams.mm_per_box
+    )
+    surrounded = _erode(found.valid)
+    smooth_i, _ = losses.smoothness(to_mm(warp.jacobian(found.phi_box), mm_p, exams.mm_per_box), surrounded)
+    unsolved = _unsolved(c_p, c_atlas, found, foreground_p, exams.foreground)
+
+    reachable = found.reachable.flatten(1).sum(dim=1).clamp_min(1)
+    terms = {
+        "explicit": explicit.mean(),
+        "implicit": implicit.mean(),
+        "edges": (edges_e + edges_i).mean(),
+        "smooth_explicit": smooth_e.mean(),
+        "smooth_implicit": smooth_i.mean(),
+        "unsolved": unsolved.mean(),
+    }
+    loss = sum(getattr(weights, name) * value for name, value in terms.items())
+    converged = (found.valid.flatten(1).sum(dim=1) / reachable).mean()
+    return Terms(loss=loss, folded=folded.mean(), converged=converged, **terms)
+
+
+class Target(NamedTuple):
+    """What a fixed image is compared by; computed once per batch."""
+
+    features: tuple[Features, Features]
+    edges: Features
+
+
+def autoencoder_features(autoencoder: Autoencoder, image: Image, mm_per_box: Tensor) -> Target:
+    """Features of fixed images, without gradient. Source: §5.1.3."""
+    with torch.no_grad():
+        return Target(autoencoder.features(image), losses.prewitt(image, spacing_mm(mm_per_box, image)))
+
+
+def spacing_mm(mm_per_box: Float[Tensor, "batch 3 3"], image: Features) -> Float[Tensor, "batch 3"]:
+    """Millimetres between the nodes of a grid along each axis."""
+    steps = torch.tensor([2.0 / (n - 1) for n in image.shape[2:]], dtype=mm_per_box.dtype, device=mm_per_box.device)
+    return mm_per_box.norm(dim=1) * steps
+
+
+def to_mm(jacobian: Tensor, mm_out: Tensor, mm_in: Tensor) -> Tensor:
+    """A Jacobian per box unit as one from mm to mm, so that any rotation is free of cost."""
+    return torch.einsum("bac,bcdijk,bde->baeijk", mm_out.expand(len(jacobian), 3, 3), jacobian, torch.linalg.inv(mm_in))
+
+
+def _warp_atlas(atlas: Atlas, c_atlas: Coordinates) -> tuple[Image, Features]:
+    """X ∘ Φ_E and its edge channel ∘ Φ_E. Source: eq. 8 and 13."""
+    shape = tuple(c_atlas.shape[2:])
+    coarse = grid.resize(atlas.image, shape)
+    edges = losses.prewitt(coarse, spacing_mm(atlas.mm_per_atlas, coarse))
+    return grid.sample(atlas.image, c_atlas), grid.sample(edges, c_atlas)
+
+
+def _similarity(autoencoder, moved: tuple[Image, Features], target: Target, mask: Tensor, mm_per_box: Tensor):
+    """1 − correlation of features, averaged over the two resolutions, and the error of the edge channel, per exam."""
+    fine, coarse = autoencoder.features(moved[0])
+    weight = mask.to(fine.dtype)
+    weight_coarse = grid.resize(weight, tuple(coarse.shape[2:]))
+    weight_coarse = weight_coarse * (weight_coarse > 0.5)
+    r_fine = losses.correlation(fine, target.features[0], weight)
+    r_coarse = losses.correlation(coarse, target.features[1], weight_coarse)
+    edges = losses.masked_mean((moved[1] - target.edges).square(), weight)
+    return 1 - 0.5 * (r_fine + r_coarse), edges
+
+
+def _erode(mask: Mask) -> Mask:
+    """Voxels whose six neighbours are in the mask too: where central differences are."""
+    outside = (~mask).to(torch.float32)
+    reach = [F.max_pool3d(outside, kernel, 1, pad) for kernel, pad in _NEIGHBOURS]
+    return (reach[0] + reach[1] + reach[2]) == 0
+
+
+_NEIGHBOURS = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))
+
+
+def _unsolved(c_p, c_q, found: warp.Implicit, foreground_p, foreground_q) -> Float[Tensor, "batch"]:
+    """Residual of the implicit solve in voxels where it did not converge, per voxel of the whole foreground."""
+    failed = found.reachable & ~found.valid
+    inverse = torch.linalg.inv(warp.linear_part(c_p, foreground_p)[:, :3, :3] + 1e-6 * torch.eye(3))
+    gap = c_q - grid.sample(c_p, found.phi_box.detach())
+    half = torch.tensor([(n - 1) / 2 for n in c_p.shape[2:]]).view(1, 3, 1)
+    voxels = ((inverse @ gap.flatten(2)) * half).view_as(gap)
+    size = (voxels.square().sum(dim=1, keepdim=True) + 1e-12).sqrt()
+    total = (losses.huber(size) * failed).flatten(1).sum(dim=1)
+    return total / foreground_q.flatten(1).sum(dim=1).clamp_min(1)

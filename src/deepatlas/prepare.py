@@ -1,0 +1,248 @@
+"""From an exam of any grid to the small cube the network sees, and the affine that leads back.
+
+The cube always runs R, A, S. Its `box` frame is −1…+1 over the centres of its corner voxels, axis x along array axis i,
+y along j, z along k; `Prepared.box_to_mm` takes box points to patient space, so that every answer finds its way back
+through affines and nothing is ever flipped back.
+
+Source: DeepATLAS (Chang 2024), §5.5.2 (resampling) and §5.5.3 (foreground).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from deepatlas.errors import ExamError, LabelError
+from deepatlas.volume import Volume, apply, to_ras
+
+AIR_HU = -1024.0
+"""What lies outside the field of view, and the floor of every HU: paddings below it are raised to it."""
+
+WINDOW_HU = 256.0
+"""The network sees −256…+256 HU as 0…1."""
+
+FOREGROUND_HU = -900.0
+FOREGROUND_SIGMA = 0.7
+FOREGROUND_LEAST = 0.01
+BODY_LEAST = 0.001
+"""The first pass of `region="body"` may find this little: a slab of neck filled 0.6 % of a real field of view."""
+
+COARSE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An exam on the prepared grid.
+
+    Attributes:
+        hu: HU before any windowing, float32 (n, n, n), axes R, A, S.
+        foreground: the patient, bool (n, n, n).
+        box_to_mm: box (−1…+1 over the centres of the corner voxels) → mm (RAS+), (4, 4) float64.
+    """
+
+    hu: np.ndarray
+    foreground: np.ndarray
+    box_to_mm: np.ndarray
+
+    @property
+    def image(self) -> np.ndarray:
+        """What the network sees: HU clipped to ±256 and scaled to 0…1, float32 (n, n, n)."""
+        return window(self.hu)
+
+    @property
+    def size(self) -> int:
+        """Voxels along each axis."""
+        return self.hu.shape[0]
+
+    @property
+    def volume(self) -> Volume:
+        """The prepared HU as a volume with its own voxel → mm affine."""
+        return Volume(self.hu, self.box_to_mm @ grid_to_box(self.size))
+
+
+def window(hu: np.ndarray) -> np.ndarray:
+    """Clip HU to ±256 and scale to 0…1, float32."""
+    return ((np.clip(hu, -WINDOW_HU, WINDOW_HU) + WINDOW_HU) / (2 * WINDOW_HU)).astype(np.float32)
+
+
+def grid_to_box(size: int) -> np.ndarray:
+    """Index 0…size−1 of the prepared grid → box −1…+1, (4, 4) float64."""
+    matrix = np.diag([2.0 / (size - 1)] * 3 + [1.0])
+    matrix[:3, 3] = -1.0
+    return matrix
+
+
+def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
+    """Bring an exam to the grid the network sees.
+
+    Axes are permuted and flipped to the nearest RAS; HU are interpolated linearly, corners kept, to (2·size)³ and
+    averaged over 2³; the foreground is found on the result. The paper prepares the full extent of the exam
+    (`region="exam"`). A slab of neck in a field of view four times as wide then has few voxels left, so by default
+    (`region="body"`) a first pass finds the patient, the exam is cut to its bounding box with a margin of one coarse
+    voxel, and the cut is prepared. A table that does not touch the patient there is left outside where it can be.
+
+    Args:
+        volume: HU and the affine voxel → mm.
+        size: voxels along each axis of the result, at least 4.
+        region: "body" or "exam".
+
+    Raises:
+        ExamError: the volume is too thin, or less than 1 % of what is prepared is foreground.
+
+    Source: §5.5.2–3; `region="body"` is ours.
+    """
+    if size < 4:
+        raise ExamError(f"Expected a prepared size of at least 4 voxels, got {size}; 64 is usual.")
+    if region not in ("body", "exam"):
+        raise ExamError(f'Expected region "body" or "exam", got "{region}"; choose one of the two.')
+    if min(volume.shape) < 2:
+        raise ExamError(f"Expected at least 2 voxels along each axis, got shape {volume.shape}; pass a whole exam.")
+    ras = to_ras(volume)
+    if region == "body":
+        ras = _cut_to_body(ras)
+    hu = _pooled(ras.array, size)
+    return Prepared(hu, foreground(hu), ras.affine @ _box_to_voxel(ras.shape, size))
+
+
+def foreground(hu: np.ndarray, least: float = FOREGROUND_LEAST) -> np.ndarray:
+    """The patient in a pooled, unclipped volume: smooth, above −900 HU, holes filled, largest component; bool.
+
+    Raises:
+        ExamError: less than `least` of the volume remains.
+
+    Source: §5.5.3.
+    """
+    smooth = ndimage.gaussian_filter(np.asarray(hu, dtype=np.float32), FOREGROUND_SIGMA, mode="nearest")
+    mask = ndimage.binary_fill_holes(smooth > FOREGROUND_HU)
+    components, count = ndimage.label(mask)
+    if count > 1:
+        mask = components == 1 + int(np.argmax(np.bincount(components.ravel())[1:]))
+    share = float(mask.mean())
+    if share < least:
+        raise ExamError(
+            f"Expected a patient above {FOREGROUND_HU:.0f} HU in at least {least:.1%} of the exam, found "
+            f"{share:.2%}; check that the values are HU and that the exam shows more than air."
+        )
+    return mask
+
+
+def prepare_labels(labels: Volume, prepared: Prepared, numbers: list[int]) -> np.ndarray:
+    """The share of each prepared voxel that each label fills, float32 (len(numbers), n, n, n), 0…1.
+
+    Each label's 0/1 map is interpolated linearly at the points of the (2·n)³ grid and averaged over 2³, as the HU were.
+    The points come from `box_to_mm`, so the labels may lie on another grid than the exam; outside it there is no label.
+    """
+    if not np.issubdtype(labels.array.dtype, np.integer) and labels.array.dtype != bool:
+        raise LabelError(f"Expected an integer label map, got {labels.array.dtype}; read it with read_labels.")
+    size = prepared.size
+    ras = to_ras(labels)
+    to_voxel = ras.inverse @ prepared.box_to_mm @ grid_to_box(size) @ _fine_to_grid()
+    linear, offset = to_voxel[:3, :3], to_voxel[:3, 3]
+    aligned = np.abs(linear - np.diag(np.diagonal(linear))).sum() * 2 * size < 1e-3
+    result = np.zeros((len(numbers), size, size, size), dtype=np.float32)
+    for row, number in enumerate(numbers):
+        mask = ras.array == number
+        if not mask.any():
+            continue
+        if aligned:
+            fine = [offset[axis] + linear[axis, axis] * np.arange(2 * size) for axis in range(3)]
+            result[row] = _contract(mask, [_pooling(points, n) for points, n in zip(fine, mask.shape, strict=True)])
+        else:
+            occupancy = ndimage.affine_transform(
+                mask.astype(np.float32), linear, offset, (2 * size,) * 3, order=1, mode="grid-constant", cval=0.0
+            )
+            result[row] = occupancy.reshape(size, 2, size, 2, size, 2).mean(axis=(1, 3, 5))
+    return result
+
+
+def sample_mm(volume: Volume, points_mm: np.ndarray, order: str = "linear", outside: float = AIR_HU) -> np.ndarray:
+    """Values of a volume at points (..., 3) in mm: float32 for "linear", the volume's own type for "nearest".
+
+    A voxel reaches half a step beyond its centre; points beyond the last voxels, and points that are not finite, get
+    `outside`.
+    """
+    if order not in ("linear", "nearest"):
+        raise ExamError(f'Expected order "linear" or "nearest", got "{order}"; choose one of the two.')
+    points_mm = np.asarray(points_mm, dtype=np.float64)
+    finite = np.isfinite(points_mm).all(axis=-1)
+    points = apply(volume.inverse, np.where(finite[..., None], points_mm, 0.0))
+    inside = finite & ((points >= -0.5 - 1e-6) & (points <= np.array(volume.shape) - 0.5 + 1e-6)).all(axis=-1)
+    points = np.where(inside[..., None], points, 0.0)
+    last = np.array(volume.shape) - 1
+    if order == "nearest":
+        index = np.clip(np.rint(points).astype(np.int64), 0, last)
+        values = volume.array[tuple(np.moveaxis(index, -1, 0))]
+    else:
+        coordinates = np.moveaxis(np.clip(points, 0.0, last), -1, 0)
+        values = ndimage.map_coordinates(volume.array, coordinates, output=np.float32, order=1, mode="nearest")
+    return np.where(inside, values, np.asarray(outside, dtype=values.dtype))
+
+
+def _cut_to_body(ras: Volume) -> Volume:
+    """The exam within the bounding box of its foreground, widened by one voxel of the coarse grid; a view."""
+    mask = foreground(_pooled(ras.array, COARSE_SIZE), BODY_LEAST)
+    start = []
+    stop = []
+    for axis, voxels in enumerate(ras.shape):
+        occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        step = (voxels - 1) / (2 * COARSE_SIZE - 1)  # exam voxels in one step of the fine grid
+        first = int(np.floor((2 * (occupied[0] - 1) + 0.5) * step))
+        last = int(np.ceil((2 * (occupied[-1] + 1) + 0.5) * step))
+        start.append(max(first, 0))
+        stop.append(min(max(last, start[axis] + 1), voxels - 1) + 1)
+    shift = np.eye(4)
+    shift[:3, 3] = start
+    return Volume(ras.array[tuple(map(slice, start, stop))], ras.affine @ shift)
+
+
+def _fine_to_grid() -> np.ndarray:
+    """Index of the (2·size)³ grid → index of the pooled grid: pooled voxel i is centred at 2i + ½."""
+    matrix = np.diag([0.5, 0.5, 0.5, 1.0])
+    matrix[:3, 3] = -0.25
+    return matrix
+
+
+def _box_to_voxel(shape: tuple[int, int, int], size: int) -> np.ndarray:
+    """Box → index of the exam that was prepared, (4, 4) float64."""
+    scale = (np.array(shape) - 1.0) / (2 * size - 1)  # exam voxels in one step of the fine grid
+    matrix = np.diag([*(scale * (size - 1)), 1.0])
+    matrix[:3, 3] = scale * (size - 0.5)
+    return matrix
+
+
+def _pooled(array: np.ndarray, size: int) -> np.ndarray:
+    """Linear with corners kept to (2·size)³, then the mean over 2³; float32 (size, size, size)."""
+    return _contract(array, [_pooling(np.linspace(0.0, n - 1.0, 2 * size), n) for n in array.shape], floor=AIR_HU)
+
+
+def _pooling(points: np.ndarray, voxels: int) -> list[dict[int, float]]:
+    """Interpolation at two neighbouring points and their mean, as weights: per pooled index, voxel → weight.
+
+    Weights that fall outside 0…voxels−1 are dropped, so values outside count as 0.
+    """
+    rows: list[dict[int, float]] = []
+    for pair in points.reshape(-1, 2):
+        row: dict[int, float] = {}
+        for point in pair:
+            low = int(np.floor(point))
+            for index, weight in ((low, 1.0 - (point - low)), (low + 1, point - low)):
+                if 0 <= index < voxels and weight > 1e-12:
+                    row[index] = row.get(index, 0.0) + 0.5 * weight
+        rows.append(row)
+    return rows
+
+
+def _contract(array: np.ndarray, weights: list[list[dict[int, float]]], floor: float | None = None) -> np.ndarray:
+    """Apply one weight table per axis, float32. Neither a float copy of the exam nor the fine grid is ever held.
+
+    The axes are taken in the fixed order S, A, R: sums in another order would round differently.
+    """
+    for axis in (2, 1, 0):
+        source = np.moveaxis(array, axis, 0)
+        result = np.zeros((len(weights[axis]), *source.shape[1:]), dtype=np.float32)
+        for total, row in zip(result, weights[axis], strict=True):
+            for index, weight in row.items():
+                plane = source[index] if floor is None or axis != 2 else np.maximum(source[index], floor)
+                total += np.float32(weight) * plane.astype(np.float32)
+        array = np.moveaxis(result, 0, axis)
+    return np.ascontiguousarray(array)
