@@ -303,6 +303,9 @@ def test_a_broken_sform_gives_way_to_the_qform(tmp_path, broken):
         exam = read_exam(path)
     np.testing.assert_allclose(exam.affine, OBLIQUE, atol=1e-5)
     assert "qform was used" in exam.repairs[0]
+    write_labels(tmp_path / "labels.nii", exam.array > 0, exam)
+    for field in GEOMETRY:  # the file's own forms, the broken one too
+        assert header_of(path)[field].tobytes() == header_of(tmp_path / "labels.nii")[field].tobytes(), field
     patch(path, 252, "<h", 0)  # no qform either
     refused(path, "broken sform")
 
@@ -461,6 +464,10 @@ def test_slope_and_window_of_the_exam_do_not_touch_the_labels(tmp_path):
     header = header_of(tmp_path / "labels.nii.gz")
     assert header["cal_max"] == header["cal_min"] == 0
     assert header.get_data_dtype() == np.uint8
+    write_labels(tmp_path / "labels.nii", np.full(SHAPE, 3), exam)
+    stored = (tmp_path / "labels.nii").read_bytes()
+    assert stored[352:] == b"\3" * np.prod(SHAPE)
+    assert struct.unpack_from("<2f", stored, 112) == (1.0, 0.0)
 
 
 def test_free_text_of_the_header_is_not_passed_on(tmp_path):

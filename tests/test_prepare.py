@@ -229,6 +229,17 @@ def test_labels_on_another_grid():
     assert share.sum() * np.abs(np.linalg.det(to_mm[:3, :3])) == pytest.approx(4 / 3 * np.pi * 30.0**3, rel=0.02)
 
 
+def test_there_is_no_label_outside_its_grid():
+    """A label that fills a small oblique grid keeps the volume of that grid."""
+    volume = blob(AFFINES["anisotropic"], centre_mm := apply(AFFINES["anisotropic"], np.array([25.0, 30.0, 20.0])))
+    prepared = prepare(volume, 32, "exam")
+    own = affine_of(oblique() * 2.5)
+    own[:3, 3] = centre_mm - own[:3, :3] @ np.full(3, 11.5)
+    share = prepare_labels(Volume(np.ones((24, 24, 24), np.uint8), own), prepared, [1])[0]
+    voxel_mm3 = np.abs(np.linalg.det((prepared.box_to_mm @ grid_to_box(32))[:3, :3]))
+    assert share.sum() * voxel_mm3 == pytest.approx((24 * 2.5) ** 3, rel=0.02)
+
+
 def test_fractional_labels_are_refused():
     prepared = prepare(body(), 16)
     with pytest.raises(LabelError, match="integer"):

@@ -225,6 +225,7 @@ def test_an_interrupted_build_goes_on(exams, tmp_path):
         build(exams, tmp_path / "c.h5", SIZE, workers=0, on_progress=stop)
     with Cohort(tmp_path / "c.h5") as cohort:
         assert cohort.names == list("abc")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "exams"]
     report = build(exams, tmp_path / "c.h5", SIZE, workers=0)
     assert (report.added, report.kept) == (2, 3)
     build(exams, tmp_path / "once.h5", SIZE, workers=0)
@@ -259,6 +260,17 @@ def test_a_half_written_exam_does_not_count(exams, tmp_path, monkeypatch, cut):
     build(exams, tmp_path / "once.h5", SIZE, workers=0)
     same(tmp_path / "c.h5", tmp_path / "once.h5")
     assert not journal.exists()
+
+
+def test_interrupted_twice(exams, tmp_path, monkeypatch):
+    """What stands after a half-written exam is found again."""
+    journal = interrupted(exams, tmp_path / "c.h5", monkeypatch, 2)
+    journal.write_bytes(journal.read_bytes()[:-50])
+    interrupted(exams, tmp_path / "c.h5", monkeypatch, 3)
+    report = build(exams, tmp_path / "c.h5", SIZE, workers=0)
+    assert (report.added, report.kept) == (1, 4)
+    build(exams, tmp_path / "once.h5", SIZE, workers=0)
+    same(tmp_path / "c.h5", tmp_path / "once.h5")
 
 
 def test_a_changed_byte_in_the_journal_is_seen(exams, tmp_path, monkeypatch):

@@ -81,7 +81,6 @@ class Residual(nn.Module):
         self.first = Convolution(channels_in, channels_out, groups)
         self.second = Convolution(channels_out, channels_out, groups)
         self.skip = nn.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-        nn.init.zeros_(self.second.gain)
 
     def forward(self, x: Features) -> Features:
         return self.skip(x) + self.second(self.first(x))

@@ -18,7 +18,7 @@ Datasets, all resizable along their first axis, uncompressed, the volumes in chu
 HDF5 does not survive a process that is killed while it writes. So a build appends each exam, with its checksum, to a
 journal beside the cohort (`.NAME.journal`), and at its end, or when it is interrupted, merges journal and cohort into a
 new file that takes the old one's place in one step. A build that was killed leaves the old cohort untouched and the
-journal behind; the next one reads the journal up to the last whole exam and goes on. For the moment of the merge the disk
+journal behind; the next one reads the journal up to the last whole exam and goes on. While they are merged, the disk
 holds both.
 """
 
@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
@@ -346,6 +347,7 @@ def _merge(cohort: Path, journal: _Journal, size: int, region: str, failed: dict
         with open(part, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(part, cohort)
+        journal.rows.clear()
     finally:
         if old is not None:
             old.close()
@@ -449,7 +451,7 @@ def _header(file: h5py.File, path: Path) -> tuple[int, str, list[str]]:
         raise CohortError(
             f"{path.name}: expected {len(names)} exams of {size}³ voxels, got {found['hu'][0]}; build it again."
         )
-    if any(after <= before for before, after in zip(names, names[1:], strict=False)):
+    if any(after <= before for before, after in pairwise(names)):
         raise CohortError(f"{path.name}: expected each name once and sorted, got another order; build it again.")
     return size, region, names
 
@@ -457,8 +459,8 @@ def _header(file: h5py.File, path: Path) -> tuple[int, str, list[str]]:
 def _check_settings(found: tuple[int, str], wanted: tuple[int, str], path: Path) -> None:
     if found != wanted:
         raise CohortError(
-            f"Expected size {found[0]} and region {found[1]}, as {path.name} was built, got size {wanted[0]} and region "
-            f"{wanted[1]}; use those, or another file."
+            f"Expected size {found[0]} and region {found[1]}, as {path.name} was built, got size {wanted[0]} and "
+            f"region {wanted[1]}; use those, or another file."
         )
 
 

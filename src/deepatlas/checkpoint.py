@@ -1,0 +1,274 @@
+"""Models on disk: safetensors and JSON in one folder, never a pickle.
+
+A model folder, format version 1:
+
+=========================  ===============================================================================
+``model.json``             format, version, sizes, preparation, seed exam, structures (name, label, level...)
+``weights.safetensors``    network, autoencoder and atlas; half or single precision
+``structures.safetensors`` one soft mask per structure
+=========================  ===============================================================================
+
+Everything is written beside its target first and then moved over it; the JSON goes last. Loading checks every name,
+type and shape against the header before any array is allocated.
+"""
+
+import json
+import os
+import struct
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepatlas.atlas import Structure
+from deepatlas.autoencoder import Autoencoder
+from deepatlas.errors import ModelError, StructureError
+from deepatlas.networks import CoordinateNetwork, NetworkConfig
+
+FORMAT = "deepatlas-model"
+VERSION = 1
+LARGEST_HEADER = 4 << 20
+MARGIN = 0.9
+"""The seed exam's box lies within ± this in the atlas, so that tanh has room for anatomy beyond it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained map: everything that is needed to find structures in an exam."""
+
+    network: CoordinateNetwork
+    autoencoder: Autoencoder
+    atlas: Tensor
+    """X, (1, 1, n, n, n), 0 ... 1."""
+    seed_box_to_mm: Tensor
+    """Box → mm of the seed exam, (4, 4) float64; the seed's box lies within ± `MARGIN` of the atlas."""
+    region: str
+    """How exams are prepared: see `deepatlas.prepare.prepare`."""
+    level: int
+    """The level of the network that is trained and used (0 is the finest)."""
+    seed_exam: str
+    structures: dict[str, Structure]
+    name: str = "model"
+
+    @property
+    def size(self) -> int:
+        """Nodes along each axis of a prepared exam."""
+        return self.network.config.size
+
+    @property
+    def atlas_to_mm(self) -> Tensor:
+        """Atlas → mm of the seed exam, (4, 4) float64."""
+        scale = torch.diag(torch.tensor([1 / MARGIN] * 3 + [1.0], dtype=torch.float64))
+        return self.seed_box_to_mm @ scale
+
+    def structure(self, name: str) -> Structure:
+        """A structure of the library, or a StructureError that lists what there is."""
+        if name not in self.structures:
+            raise StructureError(f"The model knows no structure {name!r}; it knows: {', '.join(self.structures) or 'none'}.")
+        return self.structures[name]
+
+    def with_structures(self, *added: Structure) -> "Model":
+        """The model with structures added; one of the same name is replaced, the others stay."""
+        return replace(self, structures=self.structures | {s.name: s for s in added})
+
+    def without(self, name: str) -> "Model":
+        """The model without one structure."""
+        self.structure(name)
+        return replace(self, structures={k: s for k, s in self.structures.items() if k != name})
+
+
+def save(model: Model, folder: Path, half: bool = False) -> None:
+    """Write a model folder. ``half`` stores the weights in half precision (for shipping)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"network.{k}": v for k, v in model.network.state_dict().items()}
+    tensors |= {f"autoencoder.{k}": v for k, v in model.autoencoder.state_dict().items()}
+    tensors["atlas"] = model.atlas
+    kind = torch.float16 if half else torch.float32
+    write_tensors(folder / "weights.safetensors", {k: v.to(kind) for k, v in tensors.items()})
+    save_structures(model, folder)
+
+
+def save_structures(model: Model, folder: Path) -> None:
+    """Write the library and the description of a model, leaving its weights alone."""
+    tensors = {}
+    for index, structure in enumerate(model.structures.values()):
+        tensors[f"{index}.mask"] = (structure.mask.clamp(0, 1) * 255).round().to(torch.uint8)
+        tensors[f"{index}.known"] = (structure.known > 0).to(torch.uint8)
+    tensors = tensors or {"none": torch.zeros(1, dtype=torch.uint8)}
+    write_tensors(folder / "structures.safetensors", tensors)
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "network": asdict(model.network.config),
+        "preparation": {"size": model.size, "region": model.region},
+        "level": model.level,
+        "atlas_size": model.atlas.shape[-1],
+        "seed_exam": model.seed_exam,
+        "seed_box_to_mm": model.seed_box_to_mm.tolist(),
+        "structures": [
+            {
+                "name": s.name,
+                "label": s.label,
+                "level": s.level,
+                "exams": s.exams,
+                "box_atlas": s.box_atlas.tolist(),
+                "shape": list(s.mask.shape),
+            }
+            for s in model.structures.values()
+        ],
+    }
+    write_text(folder / "model.json", json.dumps(about, indent=1))
+
+
+def load(folder: Path) -> Model:
+    """Read a model folder.
+
+    Raises:
+        ModelError: not a model, another version, or files that do not fit their description.
+    """
+    about = describe(folder)
+    try:
+        network = CoordinateNetwork(_network_config(about["network"]))
+        autoencoder = Autoencoder()
+        size = int(about["atlas_size"])
+        shapes = {f"network.{k}": tuple(v.shape) for k, v in network.state_dict().items()}
+        shapes |= {f"autoencoder.{k}": tuple(v.shape) for k, v in autoencoder.state_dict().items()}
+        shapes["atlas"] = (1, 1, size, size, size)
+        tensors = read_tensors(folder / "weights.safetensors", shapes, {"F16", "F32"})
+        tensors = {k: v.float() for k, v in tensors.items()}
+        network.load_state_dict(_under(tensors, "network."))
+        autoencoder.load_state_dict(_under(tensors, "autoencoder."))
+        structures = _load_structures(folder, about["structures"])
+        model = Model(
+            network=network.eval().requires_grad_(False),
+            autoencoder=autoencoder.eval().requires_grad_(False),
+            atlas=tensors["atlas"],
+            seed_box_to_mm=torch.tensor(about["seed_box_to_mm"], dtype=torch.float64).view(4, 4),
+            region=str(about["preparation"]["region"]),
+            level=int(about["level"]),
+            seed_exam=str(about["seed_exam"]),
+            structures=structures,
+            name=folder.name,
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder / 'model.json'} does not describe a model ({error}); copy the model again.") from error
+    return model
+
+
+def describe(folder: Path) -> dict:
+    """The JSON of a model folder, its format and version checked; needs no weights.
+
+    Raises:
+        ModelError: missing, not JSON, not a model, or of another version.
+    """
+    path = folder / "model.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model: it holds no model.json. Train one with `deepatlas pretrain`.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); copy the model again.") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ModelError(f"{path} does not describe a deepatlas model; expected format {FORMAT!r}.")
+    if about.get("version") != VERSION:
+        raise ModelError(
+            f"{folder} is of model version {about.get('version')}, this program reads version {VERSION}; "
+            "use the program that made it, or train again."
+        )
+    return about
+
+
+def _network_config(about: dict) -> NetworkConfig:
+    config = NetworkConfig(**{**about, "widths": tuple(int(w) for w in about["widths"])})
+    if not (8 <= config.size <= 512 and 1 <= len(config.widths) <= 8 and max(config.widths) <= 1024):
+        raise ValueError("sizes beyond what any model has")
+    return config
+
+
+def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
+    shapes = {}
+    for index, entry in enumerate(about):
+        shapes |= {f"{index}.mask": tuple(entry["shape"]), f"{index}.known": tuple(entry["shape"])}
+    shapes = shapes or {"none": (1,)}
+    tensors = read_tensors(folder / "structures.safetensors", shapes, {"U8"})
+    found = {}
+    for index, entry in enumerate(about):
+        found[str(entry["name"])] = Structure(
+            name=str(entry["name"]),
+            label=int(entry["label"]),
+            mask=tensors[f"{index}.mask"].float() / 255,
+            known=tensors[f"{index}.known"].float(),
+            box_atlas=torch.tensor(entry["box_atlas"], dtype=torch.float32).view(2, 3),
+            level=float(entry["level"]),
+            exams=int(entry["exams"]),
+        )
+    return found
+
+
+def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], kinds: set[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, after its header was held against the names, shapes and types expected.
+
+    Raises:
+        ModelError: missing, damaged, or not what was expected.
+    """
+    header = _header(path)
+    entries = {k: v for k, v in header.items() if k != "__metadata__"}
+    if entries.keys() != shapes.keys():
+        odd = sorted(entries.keys() ^ shapes.keys())
+        raise ModelError(f"{path} does not fit its model.json: {odd[0]} and {len(odd) - 1} more tensors differ by name.")
+    for name, entry in entries.items():
+        if tuple(entry.get("shape", ())) != tuple(shapes[name]) or entry.get("dtype") not in kinds:
+            raise ModelError(
+                f"{path}: {name} should be {list(shapes[name])} of {'/'.join(sorted(kinds))}, "
+                f"is {entry.get('shape')} of {entry.get('dtype')}; copy the model again."
+            )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in shapes}
+    except Exception as error:  # safetensors raises its own type without a public base
+        raise ModelError(f"{path} is damaged ({error}); copy the model again.") from None
+
+
+def _header(path: Path) -> dict:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(LARGEST_HEADER, path.stat().st_size):
+                raise ModelError(f"{path} is damaged: its header claims {length} bytes; copy the model again.")
+            return json.loads(file.read(length))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing; copy the whole model folder.") from None
+    except (OSError, ValueError, struct.error) as error:
+        raise ModelError(f"{path} is damaged ({error}); copy the model again.") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file in one step: beside the target, to disk, then over it."""
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
