@@ -31,7 +31,8 @@ class NetworkConfig:
     head_channels: int = 256
     """F: depth of the feature maps f_l."""
     stem_stride: int = 1
-    """2: the first resolution has half the nodes of the input, which only the stem sees in full."""
+    """1, or 2: the stem halves the grid by a strided 4³ convolution, and only it sees the input in full. Its output
+    nodes lie up to half an input voxel off the corner-kept grid; the network learns the map at the latter."""
     groups: int = 8
     """Groups of every group normalisation (fewer where there are fewer channels)."""
 
@@ -94,8 +95,7 @@ class Backbone(nn.Module):
 
     def __init__(self, widths: tuple[int, ...], groups: int, stem_stride: int = 1) -> None:
         super().__init__()
-        self.stem_stride = stem_stride
-        self.stem = nn.Conv3d(1, widths[0], 3, padding=1)
+        self.stem = nn.Conv3d(1, widths[0], {1: 3, 2: 4}[stem_stride], stem_stride, padding=1)
         before = (widths[0], *widths[:-1])
         self.encoder = nn.ModuleList(Residual(a, b, groups) for a, b in zip(before, widths, strict=True))
         self.decoder = nn.ModuleList(Residual(b, a, groups) for a, b in zip(widths[:-1], widths[1:], strict=True))
@@ -103,8 +103,6 @@ class Backbone(nn.Module):
     def forward(self, image: Image, finest: int = 0) -> list[Features | None]:
         """Features at every resolution from ``finest`` down; finer ones are not computed and stand as None."""
         x = self.stem(image)
-        if self.stem_stride > 1:
-            x = grid.resize(F.leaky_relu(x, LEAK), tuple(n // self.stem_stride for n in image.shape[2:]))
         skips = []
         for level, block in enumerate(self.encoder):
             if level:
