@@ -25,8 +25,9 @@ from torch import Tensor
 
 from deepatlas.atlas import Structure
 from deepatlas.autoencoder import Autoencoder
+from deepatlas.config import NetworkConfig
 from deepatlas.errors import ModelError, StructureError
-from deepatlas.networks import CoordinateNetwork, NetworkConfig
+from deepatlas.networks import CoordinateNetwork
 
 FORMAT = "deepatlas-model"
 VERSION = 1
@@ -67,7 +68,9 @@ class Model:
     def structure(self, name: str) -> Structure:
         """A structure of the library, or a StructureError that lists what there is."""
         if name not in self.structures:
-            raise StructureError(f"The model knows no structure {name!r}; it knows: {', '.join(self.structures) or 'none'}.")
+            raise StructureError(
+                f"The model knows no structure {name!r}; it knows: {', '.join(self.structures) or 'none'}."
+            )
         return self.structures[name]
 
     def with_structures(self, *added: Structure) -> "Model":
@@ -139,8 +142,8 @@ def load(folder: Path) -> Model:
         shapes["atlas"] = (1, 1, size, size, size)
         tensors = read_tensors(folder / "weights.safetensors", shapes, {"F16", "F32"})
         tensors = {k: v.float() for k, v in tensors.items()}
-        network.load_state_dict(_under(tensors, "network."))
-        autoencoder.load_state_dict(_under(tensors, "autoencoder."))
+        network.load_state_dict(under(tensors, "network."))
+        autoencoder.load_state_dict(under(tensors, "autoencoder."))
         structures = _load_structures(folder, about["structures"])
         model = Model(
             network=network.eval().requires_grad_(False),
@@ -154,7 +157,9 @@ def load(folder: Path) -> Model:
             name=folder.name,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder / 'model.json'} does not describe a model ({error}); copy the model again.") from error
+        raise ModelError(
+            f"{folder / 'model.json'} does not describe a model ({error}); copy the model again."
+        ) from error
     return model
 
 
@@ -168,7 +173,9 @@ def describe(folder: Path) -> dict:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{folder} is not a model: it holds no model.json. Train one with `deepatlas pretrain`.") from None
+        raise ModelError(
+            f"{folder} is not a model: it holds no model.json. Train one with `deepatlas pretrain`."
+        ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}); copy the model again.") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
@@ -218,7 +225,9 @@ def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], kinds: set[str]
     entries = {k: v for k, v in header.items() if k != "__metadata__"}
     if entries.keys() != shapes.keys():
         odd = sorted(entries.keys() ^ shapes.keys())
-        raise ModelError(f"{path} does not fit its model.json: {odd[0]} and {len(odd) - 1} more tensors differ by name.")
+        raise ModelError(
+            f"{path} does not fit its model.json: {odd[0]} and {len(odd) - 1} more tensors differ by name."
+        )
     for name, entry in entries.items():
         if tuple(entry.get("shape", ())) != tuple(shapes[name]) or entry.get("dtype") not in kinds:
             raise ModelError(
@@ -270,5 +279,6 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

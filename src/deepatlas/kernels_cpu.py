@@ -97,8 +97,7 @@ def sample_backward(field, shape, points, grad, grad_points, buffers, want_point
                     di += g * (v10 + fj * (v11 - v10) - v00 - fj * (v01 - v00))
                     dj += g * (gi * (v01 - v00) + fi * (v11 - v10))
                     dk += g * (
-                        gi * (gj * (a001 - a000) + fj * (a011 - a010))
-                        + fi * (gj * (a101 - a100) + fj * (a111 - a110))
+                        gi * (gj * (a001 - a000) + fj * (a011 - a010)) + fi * (gj * (a101 - a100) + fj * (a111 - a110))
                     )
                 if want_field:
                     w = buffers[part, b, c]

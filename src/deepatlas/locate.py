@@ -118,7 +118,9 @@ class _Labelled(NamedTuple):
     def read(cls, model, exam: Volume, labels: Volume, names: Mapping[str, int], known: Embedded | None) -> "_Labelled":
         embedded = known or embed(model, exam)
         stride = np.maximum(1, np.floor(DEFINE_SPACING_MM / labels.spacing_mm + 1e-6)).astype(int)
-        index = np.stack(np.meshgrid(*[np.arange(0, n, s) for n, s in zip(labels.shape, stride, strict=True)], indexing="ij"), -1)
+        index = np.stack(
+            np.meshgrid(*[np.arange(0, n, s) for n, s in zip(labels.shape, stride, strict=True)], indexing="ij"), -1
+        )
         index = index.reshape(-1, 3)
         box = apply(np.linalg.inv(embedded.prepared.box_to_mm) @ labels.affine, index)
         inside = (np.abs(box) <= 1).all(axis=1)

@@ -6,44 +6,17 @@ stands nothing that is not linear, so the two are folded into one kernel inside 
 exists at full resolution.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from deepatlas import grid
+from deepatlas.config import NetworkConfig
 from deepatlas.shapes import Coordinates, Features, Image
 
 LEAK = 0.1
 """Slope of every leaky ReLU (§2.2)."""
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """Size of a coordinate network. The defaults are the paper's."""
-
-    size: int = 64
-    """Nodes along each axis of the input grid."""
-    widths: tuple[int, ...] = (8, 16, 32, 64, 128)
-    """Channels at each resolution, finest first; each halves the grid of the one before."""
-    head_channels: int = 256
-    """F: depth of the feature maps f_l."""
-    stem_stride: int = 1
-    """1, or 2: the stem halves the grid by a strided 4³ convolution, and only it sees the input in full. Its output
-    nodes lie up to half an input voxel off the corner-kept grid; the network learns the map at the latter."""
-    groups: int = 8
-    """Groups of every group normalisation (fewer where there are fewer channels)."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Nodes along each axis at each resolution, finest first."""
-        return tuple(self.size // self.stem_stride // 2**level for level in range(len(self.widths)))
-
-
-COMPACT = NetworkConfig(widths=(16, 32, 64, 96), head_channels=32, stem_stride=2)
-"""For training on a CPU: the stem sees 64³, everything else runs at 32³ and below."""
 
 
 class Convolution(nn.Module):

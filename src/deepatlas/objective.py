@@ -3,7 +3,6 @@
 Source: §2.3 and §5.1. Where the paper gives no weight, ours were chosen on validation exams (`docs/recipes.md`).
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,21 +12,8 @@ from torch import Tensor
 
 from deepatlas import grid, losses, warp
 from deepatlas.autoencoder import Autoencoder
+from deepatlas.config import Weights
 from deepatlas.shapes import Coordinates, Features, Image, Mask
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights of the terms. The paper prints none."""
-
-    explicit: float = 1.0
-    implicit: float = 1.0
-    edges: float = 1.0
-    """Of the Prewitt channel within either similarity (§5.1.5)."""
-    smooth_explicit: float = 0.5
-    smooth_implicit: float = 0.5
-    unsolved: float = 0.3
-    """Of the residual that the implicit solve leaves, in voxels: leaving it out would reward insoluble maps."""
 
 
 class Exams(NamedTuple):
@@ -81,9 +67,7 @@ def objective(c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Aut
     found = warp.implicit(c_p, c_atlas, foreground_p, exams.foreground)
     edges_p = partner(target.edges)
     moved = grid.sample(torch.cat([partner(exams.image), edges_p], dim=1), found.phi_box)
-    implicit, edges_i = _similarity(
-        autoencoder, (moved[:, :1], moved[:, 1:]), target, found.valid, exams.mm_per_box
-    )
+    implicit, edges_i = _similarity(autoencoder, (moved[:, :1], moved[:, 1:]), target, found.valid, exams.mm_per_box)
     surrounded = _erode(found.valid)
     smooth_i, _ = losses.smoothness(to_mm(warp.jacobian(found.phi_box), mm_p, exams.mm_per_box), surrounded)
     unsolved = _unsolved(c_p, c_atlas, found, foreground_p, exams.foreground)
@@ -159,9 +143,9 @@ _NEIGHBOURS = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0
 def _unsolved(c_p, c_q, found: warp.Implicit, foreground_p, foreground_q) -> Float[Tensor, "batch"]:
     """Residual of the implicit solve in voxels where it did not converge, per voxel of the whole foreground."""
     failed = found.reachable & ~found.valid
-    inverse = torch.linalg.inv(warp.linear_part(c_p, foreground_p)[:, :3, :3] + 1e-6 * torch.eye(3))
+    inverse = warp.inverse_part(c_p, foreground_p)[:, :3, :3]
     gap = c_q - grid.sample(c_p, found.phi_box.detach())
-    half = torch.tensor([(n - 1) / 2 for n in c_p.shape[2:]]).view(1, 3, 1)
+    half = torch.tensor([(n - 1) / 2 for n in c_p.shape[2:]], device=c_p.device).view(1, 3, 1)
     voxels = ((inverse @ gap.flatten(2)) * half).view_as(gap)
     size = (voxels.square().sum(dim=1, keepdim=True) + 1e-12).sqrt()
     total = (losses.huber(size) * failed).flatten(1).sum(dim=1)

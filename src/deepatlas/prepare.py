@@ -80,11 +80,13 @@ def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
     (`region="exam"`). A slab of neck in a field of view four times as wide then has few voxels left, so by default
     (`region="body"`) a first pass finds the patient, the exam is cut to its bounding box with a margin of one coarse
     voxel, and the cut is prepared. A table that does not touch the patient there is left outside where it can be.
+    Where the anatomy of a cohort has about one size, a cube of fixed extent around the centre of that bounding box
+    (`region="320mm"`) keeps the scale known; what lies beyond the exam is air.
 
     Args:
         volume: HU and the affine voxel → mm.
         size: voxels along each axis of the result, at least 4.
-        region: "body" or "exam".
+        region: "body", "exam", or the edge of a cube such as "320mm".
 
     Raises:
         ExamError: the volume is too thin, or less than 1 % of what is prepared is foreground.
@@ -93,15 +95,30 @@ def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
     """
     if size < 4:
         raise ExamError(f"Expected a prepared size of at least 4 voxels, got {size}; 64 is usual.")
-    if region not in ("body", "exam"):
-        raise ExamError(f'Expected region "body" or "exam", got "{region}"; choose one of the two.')
+    extent_mm = fixed_extent_mm(region)
     if min(volume.shape) < 2:
         raise ExamError(f"Expected at least 2 voxels along each axis, got shape {volume.shape}; pass a whole exam.")
     ras = to_ras(volume)
+    if extent_mm is not None:
+        return _fixed_cube(ras, size, extent_mm)
     if region == "body":
         ras = _cut_to_body(ras)
     hu = _pooled(ras.array, size)
     return Prepared(hu, foreground(hu), ras.affine @ _box_to_voxel(ras.shape, size))
+
+
+def fixed_extent_mm(region: str) -> float | None:
+    """The edge of the cube that a region such as "320mm" names; None for "body" and "exam".
+
+    Raises:
+        ExamError: anything else.
+    """
+    if region in ("body", "exam"):
+        return None
+    number = region.removesuffix("mm")
+    if region.endswith("mm") and number.replace(".", "", 1).isdigit() and 16 <= float(number) <= 4000:
+        return float(number)
+    raise ExamError(f'Expected region "body", "exam" or a cube such as "320mm", got "{region}"; choose one.')
 
 
 def foreground(hu: np.ndarray, least: float = FOREGROUND_LEAST) -> np.ndarray:
@@ -193,6 +210,21 @@ def _cut_to_body(ras: Volume) -> Volume:
     shift = np.eye(4)
     shift[:3, 3] = start
     return Volume(ras.array[tuple(map(slice, start, stop))], ras.affine @ shift)
+
+
+def _fixed_cube(ras: Volume, size: int, extent_mm: float) -> Prepared:
+    """A cube of fixed extent around the centre of the patient's bounding box; air where the exam does not reach."""
+    body = _cut_to_body(ras)
+    centre = ras.inverse @ body.affine @ np.array([*((np.array(body.shape) - 1) / 2), 1.0])
+    step = extent_mm / (2 * size) / ras.spacing_mm  # exam voxels in one step of the fine grid
+    places = (np.arange(2 * size) - (2 * size - 1) / 2) * step[:, None] + centre[:3, None]
+    weights = [_pooling(points, n) for points, n in zip(places, ras.shape, strict=True)]
+    reached = [np.array([sum(row.values()) for row in table]) for table in weights]
+    hu = _contract(ras.array, weights, floor=AIR_HU)
+    hu += np.float32(AIR_HU) * (1 - np.einsum("i,j,k->ijk", *reached)).astype(np.float32)
+    box_to_voxel = np.diag([*((size - 1) * step), 1.0])
+    box_to_voxel[:3, 3] = centre[:3]
+    return Prepared(hu, foreground(hu, BODY_LEAST), ras.affine @ box_to_voxel)
 
 
 def _fine_to_grid() -> np.ndarray:

@@ -5,7 +5,7 @@ The format, version 1. Attributes of the root:
     format   "deepatlas-cohort"
     version  1
     size     voxels along each axis, n
-    region   "body" or "exam"
+    region   "body", "exam" or the edge of a cube such as "320mm", see `deepatlas.prepare.prepare`
     failed   JSON object: exam name → why it could not be prepared, from the latest build
 
 Datasets, all resizable along their first axis, uncompressed, the volumes in chunks of one exam:
@@ -38,9 +38,9 @@ from typing import BinaryIO, NamedTuple, Self
 import h5py
 import numpy as np
 
-from deepatlas.errors import CohortError, DeepAtlasError
+from deepatlas.errors import CohortError, DeepAtlasError, ExamError
 from deepatlas.files import exam_name, find_exams, read_exam
-from deepatlas.prepare import prepare
+from deepatlas.prepare import fixed_extent_mm, prepare
 
 FORMAT = "deepatlas-cohort"
 VERSION = 1
@@ -158,7 +158,7 @@ def build(
         inputs: a NIfTI file or a folder of them.
         cohort: the HDF5 file to make or to extend.
         size: voxels along each axis of the prepared grid.
-        region: "body" or "exam", see `prepare`.
+        region: "body", "exam" or a cube such as "320mm", see `prepare`.
         workers: processes; None takes one per core, 0 works in this process.
         on_progress: called in this process as `on_progress(done, total, name)` after each exam.
         executor: where to prepare, instead of own processes; it is left open.
@@ -465,7 +465,11 @@ def _check_settings(found: tuple[int, str], wanted: tuple[int, str], path: Path)
 
 
 def _check_new(path: Path, size: int, region: str) -> None:
-    if size < 4 or region not in ("body", "exam"):
-        raise CohortError(f'Expected size ≥ 4 and region "body" or "exam", got {size} and "{region}"; correct them.')
+    if size < 4:
+        raise CohortError(f"Expected a size of at least 4, got {size}; 64 is usual.")
+    try:
+        fixed_extent_mm(region)
+    except ExamError as error:
+        raise CohortError(str(error)) from None
     if not path.absolute().parent.is_dir():
         raise CohortError(f"Expected a folder for {path.name}, but {path.parent} does not exist; make it first.")

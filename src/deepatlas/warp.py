@@ -14,7 +14,6 @@ from torch import Tensor
 from deepatlas import affine, grid, kernels_cpu
 from deepatlas.shapes import Coordinates, Mask
 
-
 _ON_FACE = 0.1  # voxels: a point on a face of p's box counts as inside when its residual is below this
 
 
@@ -49,6 +48,11 @@ def linear_part(c_atlas: Coordinates, foreground: Mask | None = None) -> Float[T
     values = c_atlas.detach().flatten(2)
     weight = torch.ones_like(values[:, :1]) if foreground is None else foreground.flatten(2).to(values.dtype)
     return affine.fit(place.expand_as(values), values, weight + 1e-6)
+
+
+def inverse_part(c_atlas: Coordinates, foreground: Mask | None = None) -> Float[Tensor, "batch 4 4"]:
+    """The affine map atlas → box nearest to the inverse of a coordinate map; the identity where that is singular."""
+    return _safe_inverse(linear_part(c_atlas, foreground))
 
 
 def implicit(

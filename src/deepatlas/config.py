@@ -1,0 +1,157 @@
+"""Settings of a training, one frozen dataclass per stage. A preset is a named instance.
+
+The defaults are the paper's (§5.2, §5.3, §5.5.2) where it prints a number.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Size of a coordinate network. The defaults are the paper's."""
+
+    size: int = 64
+    """Nodes along each axis of the input grid."""
+    widths: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Channels at each resolution, finest first; each halves the grid of the one before."""
+    head_channels: int = 256
+    """F: depth of the feature maps f_l."""
+    stem_stride: int = 1
+    """1, or 2: the stem halves the grid by a strided 4³ convolution, and only it sees the input in full. Its output
+    nodes lie up to half an input voxel off the corner-kept grid; the network learns the map at the latter."""
+    groups: int = 8
+    """Groups of every group normalisation (fewer where there are fewer channels)."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Nodes along each axis at each resolution, finest first."""
+        return tuple(self.size // self.stem_stride // 2**level for level in range(len(self.widths)))
+
+
+COMPACT = NetworkConfig(widths=(16, 32, 64, 96), head_channels=32, stem_stride=2)
+"""For training on a CPU: the stem sees 64³, everything else runs at 32³ and below."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the terms. The paper prints none."""
+
+    explicit: float = 1.0
+    implicit: float = 1.0
+    edges: float = 1.0
+    """Of the Prewitt channel within either similarity (§5.1.5)."""
+    smooth_explicit: float = 0.5
+    smooth_implicit: float = 0.5
+    unsolved: float = 0.3
+    """Of the residual that the implicit solve leaves, in voxels: leaving it out would reward insoluble maps."""
+
+
+@dataclass(frozen=True)
+class AutoencoderStage:
+    """§5.3.2."""
+
+    steps: int = 20_000
+    batch: int = 16
+    rate: float = 0.005
+
+
+@dataclass(frozen=True)
+class WarmStage:
+    """Random crops of the seed exam with known coordinates, coarsest head. §5.2.5."""
+
+    steps: int = 7_500
+    batch: int = 64
+    rate: float = 0.005
+    bend: float = 0.08
+    """Amplitude of a random smooth deformation of the crop, in box units: a single exam has a single shape."""
+
+
+@dataclass(frozen=True)
+class LevelStage:
+    """One resolution of the staged optimisation. §5.2.3 and §5.2.6."""
+
+    steps: int = 7_500
+    rate: float = 0.005
+    warm_up: int = 500
+    """Steps over which the rate grows from 10 % to 100 %."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """§5.5.2; cuts and tone are ours, and touch only what the network sees, never what the loss compares."""
+
+    scale: float = 0.3
+    rotation: float = 0.5
+    """Radians."""
+    translation: float = 0.25
+    """Box units: 8 of 64 voxels."""
+    cut: float = 0.3
+    """Probability of losing an end of the field of view."""
+    tone: float = 0.3
+    """Change of soft-tissue contrast."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that decides a training."""
+
+    name: str
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
+    warm: WarmStage = field(default_factory=WarmStage)
+    levels: tuple[LevelStage, ...] = ()
+    """Coarsest first; fewer than the network has resolutions: the finer ones stay unused."""
+    batch: int = 64
+    loss_size: int = 64
+    """Nodes along each axis of the grid on which images are compared."""
+    atlas_size: int = 128
+    """Nodes along each axis of X; §5.1.2: double the resolution of the data."""
+    decay: float = 0.995
+    decay_every: int = 50
+    clip: float = 1.0
+    """Largest norm of a step's gradient."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    weights: Weights = field(default_factory=Weights)
+    checkpoint_minutes: float = 3.0
+    seed: int = 0
+
+
+PAPER = Preset(name="paper", levels=tuple(LevelStage(rate=0.005 / 2**n) for n in range(5)))
+"""The sizes of §5.2.6: 64³, five levels of 7,500 steps, 64 exams a step. For a GPU."""
+
+CPU = Preset(
+    name="cpu",
+    network=COMPACT,
+    autoencoder=AutoencoderStage(steps=200, batch=8, rate=0.003),
+    warm=WarmStage(steps=600, batch=8, rate=0.004),
+    levels=(
+        LevelStage(steps=500, rate=0.003, warm_up=40),
+        LevelStage(steps=600, rate=0.002, warm_up=40),
+        LevelStage(steps=800, rate=0.0015, warm_up=40),
+        LevelStage(steps=800, rate=0.001, warm_up=40),
+    ),
+    batch=8,
+    loss_size=32,
+    atlas_size=64,
+    decay=0.95,
+)
+"""For two CPU cores and about an hour."""
+
+DEMO = Preset(
+    name="demo",
+    network=NetworkConfig(widths=(8, 16, 32, 64), head_channels=16, stem_stride=2),
+    autoencoder=AutoencoderStage(steps=80, batch=8, rate=0.003),
+    warm=WarmStage(steps=500, batch=8, rate=0.004),
+    levels=(
+        LevelStage(steps=200, rate=0.003, warm_up=20),
+        LevelStage(steps=250, rate=0.002, warm_up=20),
+        LevelStage(steps=250, rate=0.0015, warm_up=20),
+    ),
+    batch=8,
+    loss_size=32,
+    atlas_size=64,
+    decay=0.95,
+)
+"""The embedded default: minutes on two CPU cores, for the phantoms."""
+
+PRESETS = {preset.name: preset for preset in (PAPER, CPU, DEMO)}

@@ -1,0 +1,454 @@
+"""Training a map from unlabeled exams: one recipe, read downwards.
+
+autoencoder → template warm start → each level coarse to fine, each beginning as a copy of the one above (§5.2.3,
+§5.2.5, §5.2.6, §5.3.2). Chance is keyed by stage and step, so a training that was stopped continues to the bit.
+No label is read here.
+"""
+
+import csv
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from deepatlas import augment, checkpoint, grid
+from deepatlas.atlas import Structure
+from deepatlas.autoencoder import Autoencoder
+from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.config import Augmentation, Preset
+from deepatlas.errors import CohortError, ModelError
+from deepatlas.networks import CoordinateNetwork
+from deepatlas.objective import Atlas, Exams, objective
+from deepatlas.prepare import window
+from deepatlas.store import Cohort
+
+LOG = logging.getLogger(__name__)
+LOG_EVERY = 20
+CONVERGED_ALARM = 0.6
+NOT_FINITE_IN_A_ROW = 10
+
+
+class Progress(NamedTuple):
+    """Where a training stands."""
+
+    stage: str
+    step: int
+    steps: int
+    done: int
+    """Steps of all stages done so far."""
+    total: int
+    terms: dict[str, float]
+    """Means since the last report: every loss term, folded and converged share, seconds of each part of a step."""
+    seconds_left: float
+
+
+class Cohorted(NamedTuple):
+    """The cohort in memory, ready to be sampled."""
+
+    names: list[str]
+    image: Tensor
+    """(exam, 1, n, n, n), 0 ... 1."""
+    foreground: Tensor
+    box_to_mm: Tensor
+    """(exam, 4, 4) float64."""
+    size: int
+    region: str
+
+
+class View(NamedTuple):
+    """A batch as drawn: what the network sees, and what the loss compares."""
+
+    seen: Tensor
+    image: Tensor
+    foreground: Tensor
+    mm_per_box: Tensor
+    places_box: Tensor
+    """Where every voxel lies in its exam's box."""
+
+
+def pretrain(
+    cohort: Path,
+    out: Path,
+    preset: Preset,
+    seed_exam: str | None = None,
+    start_from: Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Model:
+    """Train a map and write it as a model folder.
+
+    Args:
+        cohort: HDF5 cohort (`deepatlas.store`).
+        out: model folder; ``training/`` inside it holds the log and the state to resume from.
+        preset: sizes, steps, rates; see `deepatlas.config.PRESETS`.
+        seed_exam: the exam that seeds the atlas; the one that shows most anatomy by default.
+        start_from: a trained model to go on from: its frame and its structures are kept, only the last level is
+            trained.
+        resume: continue a training that was stopped; to the bit on a CPU with the same number of threads.
+        on_progress: called every few steps.
+
+    Raises:
+        CohortError: too few exams, another preparation than the model's, or an unknown seed exam.
+        ModelError: nothing to resume, or another preset or cohort than the one it was begun with.
+
+    Source: §5.2.3, §5.2.5, §5.2.6, §5.3.2.
+    """
+    data = _load(cohort, preset, device)
+    training = out / "training"
+    begun = (training / "state.json").exists()
+    if resume and not begun:
+        raise ModelError(f"There is nothing to resume in {out}; start without --resume.")
+    if not resume and ((out / "model.json").exists() or begun):
+        raise ModelError(f"{out} already holds a model or a training; add --resume, or choose another folder.")
+    base = checkpoint.load(start_from) if start_from else None
+    run = _Run.begin(data, preset, seed_exam, base, device)
+    settings = json.loads(json.dumps({"preset": asdict(preset), "exams": data.names, "seed_exam": run.seed_name}))
+    training.mkdir(parents=True, exist_ok=True)
+    first = run.restore(training, settings) if resume else (0, 0)
+    stages = run.stages()
+    with _csv_log(training / "log.csv", append=resume) as write_row:
+        report = _Reporter(stages, first, on_progress, write_row)
+        saved = time.monotonic()
+        for number, (name, steps, step_of) in enumerate(stages):
+            if number < first[0]:
+                continue
+            start = first[1] if number == first[0] else 0
+            if start == 0:
+                run.enter(number)
+            for step in range(start, steps):
+                terms = step_of(number, step)
+                report.step(number, step, name, steps, terms)
+                if time.monotonic() - saved > 60 * preset.checkpoint_minutes:
+                    run.save(training, settings, number, step + 1)
+                    checkpoint.save(run.model(), out)
+                    saved = time.monotonic()
+            run.save(training, settings, number + 1, 0)
+            checkpoint.save(run.model(), out)
+    return run.model()
+
+
+class _Run:
+    """The networks, the atlas and the optimiser of a training. Every step draws its chance from stage and step."""
+
+    def __init__(self, data: Cohorted, preset: Preset, seed_index: int, device: str) -> None:
+        self.data, self.preset, self.device = data, preset, device
+        self.seed_index = seed_index
+        self.seed_name = data.names[seed_index]
+        torch.manual_seed(preset.seed)
+        self.network = CoordinateNetwork(preset.network).to(device)
+        self.autoencoder = Autoencoder().to(device)
+        where = grid.identity((preset.atlas_size,) * 3, device=device) / MARGIN
+        seed_image = grid.sample(data.image[seed_index : seed_index + 1], where) * grid.inside(where)
+        self.atlas = torch.nn.Parameter(seed_image.contiguous())
+        self.seed_box_to_mm = data.box_to_mm[seed_index].clone()
+        self.structures: dict[str, Structure] = {}
+        self.level = self.network.coarsest
+        self.optimiser: torch.optim.Adam | None = None
+        self.from_model = False
+        self.failures = 0
+
+    @classmethod
+    def begin(cls, data: Cohorted, preset: Preset, seed_exam: str | None, base: Model | None, device: str) -> "_Run":
+        """A fresh training, or one that goes on from a trained model."""
+        if seed_exam is not None and seed_exam not in data.names:
+            raise CohortError(
+                f"The cohort has no exam {seed_exam!r} to seed the atlas with; it has {data.names[0]}, ..."
+            )
+        index = data.names.index(seed_exam) if seed_exam else most_anatomy(data)
+        run = cls(data, preset, index, device)
+        if base is not None:
+            if (base.size, base.region) != (data.size, data.region):
+                raise CohortError(
+                    f"The model prepares exams at {base.size}³ with region {base.region!r}, the cohort holds "
+                    f"{data.size}³ with {data.region!r}; prepare it again."
+                )
+            if base.network.config != preset.network or base.atlas.shape != run.atlas.shape:
+                raise ModelError(
+                    "The model's network is not of the preset's size; choose the preset it was trained with."
+                )
+            run.network.load_state_dict(base.network.state_dict())
+            run.autoencoder.load_state_dict(base.autoencoder.state_dict())
+            run.atlas.data.copy_(base.atlas)
+            run.seed_box_to_mm, run.seed_name = base.seed_box_to_mm, base.seed_exam
+            run.structures, run.level, run.from_model = base.structures, base.level, True
+        return run
+
+    def stages(self) -> list[tuple[str, int, Callable[[int, int], dict[str, float]]]]:
+        """Name, steps and step function of every stage, in order."""
+        preset, coarsest = self.preset, self.network.coarsest
+        levels = [
+            (f"level {preset.network.sizes[coarsest - n]}³", stage.steps, self._level_step)
+            for n, stage in enumerate(preset.levels)
+        ]
+        if self.from_model:
+            return levels[-1:]
+        return [
+            ("autoencoder", preset.autoencoder.steps, self._autoencoder_step),
+            ("warm start", preset.warm.steps, self._warm_step),
+            *levels,
+        ]
+
+    def enter(self, number: int) -> None:
+        """Make the optimiser of a stage; say how far the map jumps where a finer level begins."""
+        name = self.stages()[number][0]
+        trained = list(self.autoencoder.parameters()) if name == "autoencoder" else list(self.network.parameters())
+        for parameter in self.autoencoder.parameters():
+            parameter.requires_grad_(name == "autoencoder")
+        if name.startswith("level"):
+            trained.append(self.atlas)
+            before, self.level = self.level, self._level_of(number)
+            if before != self.level:
+                LOG.info("%s begins %.3f voxels from the level above", name, self._jump(before, self.level))
+        self.optimiser = torch.optim.Adam(trained, lr=1e-3, betas=(0.9, 0.99))
+
+    def _level_of(self, number: int) -> int:
+        return self.level if self.from_model else self.network.coarsest - (number - 2)
+
+    @torch.no_grad()
+    def _jump(self, before: int, after: int) -> float:
+        """Mean distance between two levels' maps of the seed exam, in voxels of the loss grid."""
+        shape = (self.preset.loss_size,) * 3
+        image = self.data.image[self.seed_index : self.seed_index + 1]
+        a, b = (grid.resize(self.network(image, level), shape) for level in (before, after))
+        return float((a - b).norm(dim=1).mean() * (self.preset.loss_size - 1) / 2 / MARGIN)
+
+    def _autoencoder_step(self, number: int, step: int) -> dict[str, float]:
+        stage = self.preset.autoencoder
+        view = self._view(_batch(len(self.data.names), stage.batch, step, self.preset.seed), self._chance(number, step))
+        loss = self.autoencoder.loss(self._on_loss_grid(view.image))
+        self._descend(loss, self.autoencoder, stage.rate * self._decay(step))
+        return {"loss": float(loss)}
+
+    def _warm_step(self, number: int, step: int) -> dict[str, float]:
+        """Crops of the seed exam, whose coordinates are known: `MARGIN` times the place in the seed's box."""
+        stage, generator = self.preset.warm, self._chance(number, step)
+        view = self._view([self.seed_index] * stage.batch, generator, Augmentation(), stage.bend)
+        shape = (16, 16, 16)
+        c_atlas = grid.resize(self.network(view.seen, self.network.coarsest), shape)
+        truth = MARGIN * grid.resize(view.places_box, shape)
+        weight = grid.resize(view.foreground.float(), shape)
+        error = ((c_atlas - truth).square().sum(dim=1, keepdim=True) * weight).sum() / weight.sum().clamp_min(1)
+        self._descend(error, self.network, stage.rate * min(1.0, (step + 1) / 30) * self._decay(step))
+        mm_per_box = self.seed_box_to_mm[:3, :3].norm(dim=0).mean()
+        return {"loss": float(error), "rms_mm": float(error.detach().sqrt() / MARGIN * mm_per_box)}
+
+    def _level_step(self, number: int, step: int) -> dict[str, float]:
+        stage = self.preset.levels[self.network.coarsest - self.level]
+        clock = [time.perf_counter()]
+        exams = _batch(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)
+        view = self._view(exams, self._chance(number, step))
+        clock.append(time.perf_counter())
+        shape = (self.preset.loss_size,) * 3
+        c_atlas = grid.resize(self.network(view.seen, self.level), shape)
+        clock.append(time.perf_counter())
+        foreground = grid.resize(view.foreground.float(), shape) > 0.5
+        mm_per_atlas = (self.seed_box_to_mm[:3, :3] / MARGIN).float().to(self.device)[None]
+        terms = objective(
+            c_atlas,
+            Exams(self._on_loss_grid(view.image), foreground, view.mm_per_box),
+            Atlas(self.atlas, mm_per_atlas),
+            self.autoencoder,
+            self.preset.weights,
+        )
+        clock.append(time.perf_counter())
+        warm = min(1.0, 0.1 + 0.9 * (step + 1) / max(stage.warm_up, 1))
+        norm = self._descend(terms.loss, self.network, stage.rate * warm * self._decay(step))
+        clock.append(time.perf_counter())
+        seconds = dict(zip(("s_augment", "s_network", "s_objective", "s_backward"), np.diff(clock), strict=True))
+        return {k: float(v) for k, v in (terms._asdict() | {"gradient": norm} | seconds).items()}
+
+    def _descend(self, loss: Tensor, clipped: torch.nn.Module, rate: float) -> float:
+        """One step of Adam; a gradient that is not finite is skipped and counted."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(clipped.parameters(), self.preset.clip)
+        if torch.isfinite(norm):
+            self.optimiser.step()
+            self.failures = 0
+        else:
+            self.failures += 1
+            LOG.warning("skipped a step: its gradient is not finite")
+            if self.failures >= NOT_FINITE_IN_A_ROW:
+                raise ModelError(f"{self.failures} gradients in a row were not finite; resume with a lower rate.")
+        return float(norm)
+
+    def _decay(self, step: int) -> float:
+        return self.preset.decay ** (step // self.preset.decay_every)
+
+    def _chance(self, stage: int, step: int) -> Generator:
+        """The generator of one step, from the preset's seed, the stage and the step alone."""
+        key = np.random.SeedSequence((self.preset.seed, stage, step)).generate_state(1, np.uint64)[0]
+        return Generator().manual_seed(int(key >> np.uint64(1)))
+
+    def _view(self, exams: list[int], chance: Generator, how: Augmentation | None = None, bend: float = 0.0) -> View:
+        how = how or self.preset.augmentation
+        batch, shape, device = len(exams), (self.data.size,) * 3, self.device
+        matrix = augment.draw_affine(batch, chance, how.scale, how.rotation, how.translation).to(device)
+        cut = augment.draw_cut(batch, chance, how.cut)
+        tone = augment.draw_tone(batch, chance, how.tone).to(device)
+        places = augment.place(matrix, shape)
+        if bend:
+            places = places + grid.resize(augment.draw_bend(batch, chance, bend).to(device), shape)
+        within = grid.inside(places)
+        image = grid.sample(self.data.image[exams], places) * within
+        foreground = (grid.sample(self.data.foreground[exams].float(), places) > 0.5) & within
+        lost = augment.outside_cut(augment.Cut(*(part.to(device) for part in cut)), places)
+        seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
+        mm_per_box = self.data.box_to_mm[exams, :3, :3].float().to(device) @ matrix[:, :3, :3]
+        return View(seen, image, foreground & ~lost, mm_per_box, places)
+
+    def _on_loss_grid(self, image: Tensor) -> Tensor:
+        return grid.shrink(image, (self.preset.loss_size,) * 3)
+
+    def model(self) -> Model:
+        """The model as it stands."""
+        return Model(
+            network=self.network,
+            autoencoder=self.autoencoder,
+            atlas=self.atlas.detach().clamp(0, 1),
+            seed_box_to_mm=self.seed_box_to_mm,
+            region=self.data.region,
+            level=self.level,
+            seed_exam=self.seed_name,
+            structures=self.structures,
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"autoencoder.{k}": v for k, v in self.autoencoder.state_dict().items()}
+        tensors["atlas"] = self.atlas.detach()
+        for index, values in (self.optimiser.state_dict()["state"] if self.optimiser else {}).items():
+            tensors |= {f"adam.{index}.{k}": v for k, v in values.items()}
+        return tensors
+
+    def save(self, folder: Path, settings: dict, stage: int, step: int) -> None:
+        """Write the state to resume from: tensors first, then where they stand."""
+        done = stage > 0 and step == 0  # a stage has ended; the next one makes its own optimiser
+        if done:
+            self.optimiser = None
+        tensors = self._tensors()
+        name = f"state-{stage}-{step}.safetensors"
+        checkpoint.write_tensors(folder / name, tensors)
+        about = {"stage": stage, "step": step, "level": self.level, "file": name, "settings": settings}
+        about["shapes"] = {k: list(v.shape) for k, v in tensors.items()}
+        checkpoint.write_text(folder / "state.json", json.dumps(about))
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def restore(self, folder: Path, settings: dict) -> tuple[int, int]:
+        """Read the state back; the stage and the step to go on with."""
+        about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        odd = [key for key in settings if settings[key] != about["settings"].get(key)]
+        if odd:
+            raise ModelError(f"This training was begun with another {' and '.join(odd)}; resume with the same.")
+        shapes = {k: tuple(v) for k, v in about["shapes"].items()}
+        tensors = checkpoint.read_tensors(folder / about["file"], shapes, {"F32"})
+        stage, step, level = about["stage"], about["step"], about["level"]
+        if step:
+            self.level = level  # so that entering the stage is no jump
+            self.enter(stage)
+            state = self.optimiser.state_dict()
+            indices = {int(k.split(".")[1]) for k in tensors if k.startswith("adam.")}
+            state["state"] = {
+                i: {k: tensors[f"adam.{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i in sorted(indices)
+            }
+            self.optimiser.load_state_dict(state)
+        self.level = level
+        self.network.load_state_dict(checkpoint.under(tensors, "network."))
+        self.autoencoder.load_state_dict(checkpoint.under(tensors, "autoencoder."))
+        self.atlas.data.copy_(tensors["atlas"])
+        return stage, step
+
+
+class _Reporter:
+    """Collects the terms of the steps, writes them to the log and tells the caller."""
+
+    def __init__(self, stages, first: tuple[int, int], on_progress, write_row) -> None:
+        self.before = [sum(s[1] for s in stages[:n]) for n in range(len(stages) + 1)]
+        self.on_progress, self.write_row = on_progress, write_row
+        self.sums: list[dict[str, float]] = []
+        self.began, self.start = time.monotonic(), self.before[first[0]] + first[1]
+
+    def step(self, number: int, step: int, name: str, steps: int, terms: dict[str, float]) -> None:
+        self.sums.append(terms)
+        if (step + 1) % LOG_EVERY and step + 1 != steps:
+            return
+        means = {key: float(np.mean([t[key] for t in self.sums])) for key in self.sums[0]}
+        self.sums = []
+        done, total = self.before[number] + step + 1, self.before[-1]
+        spent = time.monotonic() - self.began
+        left = spent / max(done - self.start, 1) * (total - done)
+        self.write_row({"stage": name, "step": step + 1, "seconds": round(spent, 1)} | means)
+        if means.get("converged", 1.0) < CONVERGED_ALARM:
+            LOG.warning(
+                "%s step %d: the implicit warp converged at %.0f %% only", name, step + 1, 100 * means["converged"]
+            )
+        if self.on_progress:
+            self.on_progress(Progress(name, step + 1, steps, done, total, means, left))
+
+
+LOG_COLUMNS = (
+    *("stage", "step", "seconds", "loss", "rms_mm", "explicit", "implicit", "edges", "smooth_explicit"),
+    *("smooth_implicit", "unsolved", "folded", "converged", "gradient"),
+    *("s_augment", "s_network", "s_objective", "s_backward"),
+)
+
+
+@contextmanager
+def _csv_log(path: Path, append: bool) -> Iterator[Callable[[dict], None]]:
+    """A function that adds a row to the log."""
+    append = append and path.exists()
+    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
+        if not append:
+            writer.writeheader()
+
+        def write(row: dict) -> None:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+            file.flush()
+
+        yield write
+
+
+def most_anatomy(data: Cohorted) -> int:
+    """The exam with the largest foreground in mm³: the seed of the atlas. Source: §5.2.5 ("comprehensive coverage")."""
+    share = data.foreground.float().mean(dim=(1, 2, 3, 4)).double().cpu()
+    return int(torch.argmax(share * torch.linalg.det(data.box_to_mm[:, :3, :3]).abs()))
+
+
+def _load(path: Path, preset: Preset, device: str) -> Cohorted:
+    with Cohort(path) as cohort:
+        arrays = cohort.load()
+        size, region = cohort.size, cohort.region
+    if len(arrays.names) < 2:
+        raise CohortError(f"{path} holds {len(arrays.names)} exam; a map is learned from pairs, bring at least 2.")
+    if size != preset.network.size:
+        raise CohortError(
+            f"{path} is prepared at {size}³, preset {preset.name!r} expects {preset.network.size}³; "
+            f"prepare it with --size {preset.network.size}."
+        )
+    image = torch.from_numpy(window(arrays.hu))[:, None].to(device)
+    foreground = torch.from_numpy(arrays.foreground)[:, None].to(device)
+    return Cohorted(list(arrays.names), image, foreground, torch.from_numpy(arrays.box_to_mm), size, region)
+
+
+def _batch(exams: int, batch: int, step: int, seed: int) -> list[int]:
+    """The exams of a step: the cohort is gone through in a random order, again and again."""
+    chosen = []
+    for place in range(step * batch, (step + 1) * batch):
+        turn, index = divmod(place, exams)
+        order = np.random.default_rng((seed, turn)).permutation(exams)
+        chosen.append(int(order[index]))
+    return chosen
