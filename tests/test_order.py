@@ -19,7 +19,7 @@ ORDER = [
     *("volume", "dicom", "phantom", "files", "prepare", "store"),
     *("networks", "autoencoder", "atlas", "checkpoint"),
     *("distributed", "loop", "objective", "pretrain", "finetune", "regseg"),
-    *("locate", "assess", "refine", "cascade", "evaluate", "report", "demo"),
+    *("locate", "dense", "outputs", "library", "assess", "refine", "cascade", "evaluate", "report", "demo"),
     *("cli", "__main__"),
 ]
 EXAMS = {"volume", "dicom", "phantom", "files", "prepare", "store"}

@@ -1,4 +1,4 @@
-"""Homogeneous maps as (batch, 4, 4) tensors: build, apply, fit. Composition is ``@``, the inverse `torch.linalg.inv`."""
+"""Homogeneous maps, (batch, 4, 4): build, apply, fit. Composition is ``@``, the inverse `torch.linalg.inv`."""
 
 import torch
 from jaxtyping import Float

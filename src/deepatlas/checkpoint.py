@@ -163,6 +163,34 @@ def load(folder: Path) -> Model:
     return model
 
 
+def find(name_or_folder: str | Path) -> Path:
+    """The folder of a model: a folder itself, or the name of one that came with the program.
+
+    Raises:
+        ModelError: neither is there.
+    """
+    folder = Path(os.path.abspath(name_or_folder))
+    if (folder / "model.json").exists():
+        return folder
+    known = {path.name: path for path in shipped()}
+    if str(name_or_folder) in known:
+        return known[str(name_or_folder)]
+    if folder.is_dir():
+        return folder  # `describe` says what it lacks
+    raise ModelError(
+        f"Expected a model folder or the name of a shipped model ({', '.join(known) or 'there is none'}), "
+        f"got {name_or_folder}; check the path, or train one with `deepatlas pretrain`."
+    )
+
+
+def shipped() -> list[Path]:
+    """Folders of the models that came with the program, sorted by name: in the wheel, or in the checkout."""
+    package = Path(__file__).resolve().parent
+    places = [package / "models_shipped", package.parents[1] / "models"]
+    found = {path.parent.name: path.parent for place in reversed(places) for path in place.glob("*/model.json")}
+    return [found[name] for name in sorted(found)]
+
+
 def describe(folder: Path) -> dict:
     """The JSON of a model folder, its format and version checked; needs no weights.
 

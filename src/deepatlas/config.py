@@ -38,10 +38,12 @@ class Weights:
 
     explicit: float = 1.0
     implicit: float = 1.0
-    edges: float = 1.0
+    window: int | None = 8
+    """Voxels along each edge of the windows of the correlation (`deepatlas.losses.correlation`); None: eq. 9 whole."""
+    edges: float = 5.0
     """Of the Prewitt channel within either similarity (§5.1.5)."""
-    smooth_explicit: float = 0.5
-    smooth_implicit: float = 0.5
+    smooth_explicit: float = 0.3
+    smooth_implicit: float = 0.3
     unsolved: float = 0.3
     """Of the residual that the implicit solve leaves, in voxels: leaving it out would reward insoluble maps."""
 
@@ -74,6 +76,8 @@ class LevelStage:
     rate: float = 0.005
     warm_up: int = 500
     """Steps over which the rate grows from 10 % to 100 %."""
+    loss_size: int = 64
+    """Nodes along each axis of the grid on which images are compared."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,6 @@ class Preset:
     levels: tuple[LevelStage, ...] = ()
     """Coarsest first; fewer than the network has resolutions: the finer ones stay unused."""
     batch: int = 64
-    loss_size: int = 64
-    """Nodes along each axis of the grid on which images are compared."""
     atlas_size: int = 128
     """Nodes along each axis of X; §5.1.2: double the resolution of the data."""
     decay: float = 0.995
@@ -122,35 +124,35 @@ PAPER = Preset(name="paper", levels=tuple(LevelStage(rate=0.005 / 2**n) for n in
 CPU = Preset(
     name="cpu",
     network=COMPACT,
-    autoencoder=AutoencoderStage(steps=200, batch=8, rate=0.003),
-    warm=WarmStage(steps=600, batch=8, rate=0.004),
+    autoencoder=AutoencoderStage(steps=300, batch=8, rate=0.005),
+    warm=WarmStage(steps=500, batch=8, rate=0.004),
     levels=(
-        LevelStage(steps=500, rate=0.003, warm_up=40),
-        LevelStage(steps=600, rate=0.002, warm_up=40),
-        LevelStage(steps=800, rate=0.0015, warm_up=40),
-        LevelStage(steps=800, rate=0.001, warm_up=40),
+        LevelStage(steps=300, rate=0.004, warm_up=40, loss_size=32),
+        LevelStage(steps=600, rate=0.003, warm_up=40, loss_size=32),
+        LevelStage(steps=800, rate=0.002, warm_up=40, loss_size=48),
+        LevelStage(steps=500, rate=0.0014, warm_up=40, loss_size=48),
     ),
     batch=8,
-    loss_size=32,
     atlas_size=64,
-    decay=0.95,
+    decay=0.94,
+    augmentation=Augmentation(scale=0.2, rotation=0.3, translation=0.15),
 )
 """For two CPU cores and about an hour."""
 
 DEMO = Preset(
     name="demo",
     network=NetworkConfig(widths=(8, 16, 32, 64), head_channels=16, stem_stride=2),
-    autoencoder=AutoencoderStage(steps=80, batch=8, rate=0.003),
+    autoencoder=AutoencoderStage(steps=100, batch=8, rate=0.005),
     warm=WarmStage(steps=500, batch=8, rate=0.004),
     levels=(
-        LevelStage(steps=200, rate=0.003, warm_up=20),
-        LevelStage(steps=250, rate=0.002, warm_up=20),
-        LevelStage(steps=250, rate=0.0015, warm_up=20),
+        LevelStage(steps=150, rate=0.004, warm_up=20, loss_size=32),
+        LevelStage(steps=200, rate=0.003, warm_up=20, loss_size=32),
+        LevelStage(steps=250, rate=0.002, warm_up=20, loss_size=32),
     ),
     batch=8,
-    loss_size=32,
     atlas_size=64,
-    decay=0.95,
+    decay=0.9,
+    augmentation=Augmentation(scale=0.2, rotation=0.3, translation=0.15),
 )
 """The embedded default: minutes on two CPU cores, for the phantoms."""
 

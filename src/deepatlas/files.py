@@ -150,6 +150,13 @@ def read_labels(path: Path | str, like: Volume | None = None) -> Volume:
     return labels
 
 
+def as_exam(volume: Volume, name: str = "volume") -> Exam:
+    """A volume that no file holds yet, with a header, so that it can be written."""
+    header = nib.Nifti1Image(np.zeros(volume.shape, np.uint8), volume.affine).header
+    header.set_xyzt_units("mm")
+    return Exam(volume.array, volume.affine, header, name)
+
+
 def check_same_grid(labels: Volume, like: Volume, name: str = "labels") -> None:
     """Raise LabelError where two grids differ in shape, or by more than 1e-3 mm at a corner."""
     if labels.shape != like.shape:

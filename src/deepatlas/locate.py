@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from scipy import ndimage
 from torch import Tensor
 
 from deepatlas import atlas, grid, warp
@@ -29,6 +29,9 @@ PRESENT = 0.95
 
 ABSENT = 0.05
 """Coverage below which a structure counts as not in the scan."""
+
+COVERAGE_POINTS = 3000
+"""At most so many nodes of a structure are looked for."""
 
 DEFINE_SPACING_MM = 2.0
 """Label maps finer than this are read at this spacing when a structure is made from several exams."""
@@ -78,7 +81,7 @@ def embed(model: Model, exam: Volume) -> Embedded:
     prepared = prepare(exam, model.size, model.region)
     image = torch.from_numpy(prepared.image)[None, None]
     with torch.inference_mode():
-        c = model.network(image, model.level)
+        c = model.network(image.to(model.network.offset.device), model.level).cpu()
     return Embedded(prepared, grid.resize(c.clone(), prepared.hu.shape))
 
 
@@ -196,8 +199,7 @@ def locate(
     to_box = np.linalg.inv(embedded.prepared.box_to_mm) @ exam.affine
     best = {}
     claims = []
-    for structure in wanted:
-        coverage = _coverage(structure, embedded)
+    for structure, coverage in zip(wanted, _coverages(wanted, embedded), strict=True):
         region = None if coverage < ABSENT else _region(structure, embedded, to_box, exam.shape)
         claims.append((structure, coverage, region, _scores(structure, embedded, to_box, region)))
     owner = _owners(claims, exam.shape)
@@ -206,21 +208,19 @@ def locate(
         if score is not None:
             mask = np.zeros(exam.shape, dtype=bool)
             mask[region] = (score > 0) & (owner[region] == number)
-        best[structure.name] = _found(structure, coverage, mask, region, exam, likeness, embedded)
+        best[structure.name] = _found(structure, coverage, mask, region, exam, likeness)
     return best
 
 
-def _coverage(structure: Structure, embedded: Embedded) -> float:
-    """Share of the structure's nodes whose place was found inside the scan."""
-    nodes = structure.nodes_atlas()
-    core = structure.mask > structure.level
-    if not core.any():
-        return 0.0
-    points = nodes[0][:, core][None]
-    if points.shape[2] > 20000:
-        points = points[:, :, :: points.shape[2] // 20000 + 1]
-    found = warp.implicit(embedded.c_atlas, points, embedded.foreground)
-    return float(found.valid.float().mean())
+def _coverages(structures: list[Structure], embedded: Embedded) -> list[float]:
+    """For each structure the share of its nodes whose place was found inside the scan."""
+    points = [torch.zeros(3, 0)]
+    for structure in structures:
+        nodes = structure.nodes_atlas()[0][:, structure.mask > structure.level]
+        points.append(nodes[:, :: nodes.shape[1] // COVERAGE_POINTS + 1])
+    found = warp.implicit(embedded.c_atlas, torch.cat(points, dim=1)[None], embedded.foreground)
+    shares = found.valid[0, 0].float().split([part.shape[1] for part in points])[1:]
+    return [float(share.mean()) if len(share) else 0.0 for share in shares]
 
 
 def _region(structure: Structure, embedded: Embedded, to_box: np.ndarray, shape) -> tuple[slice, ...] | None:
@@ -268,7 +268,7 @@ def _owners(claims, shape) -> np.ndarray:
     return owner
 
 
-def _found(structure, coverage, mask, region, exam, likeness, embedded) -> Found:
+def _found(structure, coverage, mask, region, exam, likeness) -> Found:
     nothing = Found(structure.name, structure.label, "absent", coverage, None, None, None, None, None)
     if mask is None or not mask.any():
         return nothing
@@ -282,7 +282,7 @@ def _found(structure, coverage, mask, region, exam, likeness, embedded) -> Found
         label=structure.label,
         status="present" if coverage >= PRESENT else "cut_off",
         coverage=coverage,
-        confidence=_confidence(structure, embedded, likeness),
+        confidence=_confidence(structure, likeness),
         volume_ml=float(volume),
         centroid_mm=tuple(places.mean(axis=0).tolist()),
         box_mm=box,
@@ -290,22 +290,32 @@ def _found(structure, coverage, mask, region, exam, likeness, embedded) -> Found
     )
 
 
-def _likeness(model: Model, embedded: Embedded) -> tuple[Tensor, Tensor]:
-    """Local correlation of the aligned atlas and the exam, and where the map is regular, on the prepared grid."""
-    image = torch.from_numpy(embedded.prepared.image)[None, None]
-    aligned = grid.sample(model.atlas, embedded.c_atlas)
+class _Likeness(NamedTuple):
+    """How well an exam looks like the atlas aligned to it, on a grid of half the nodes."""
+
+    c_atlas: Coordinates
+    local: Tensor
+    """Local correlation of features, 0 ... 1, and 0 where the map folds; (1, 1, i, j, k)."""
+    foreground: Tensor
+
+
+def _likeness(model: Model, embedded: Embedded) -> _Likeness:
+    shape = tuple(n // 2 for n in embedded.prepared.hu.shape)
+    c_atlas = grid.resize(embedded.c_atlas, shape)
+    image = grid.shrink(torch.from_numpy(embedded.prepared.image)[None, None], shape)
     with torch.inference_mode():
-        a, b = model.autoencoder.features(aligned)[0], model.autoencoder.features(image)[0]
-    blur = [torch.from_numpy(ndimage.gaussian_filter(f.numpy(), (0, 0, 2, 2, 2))) for f in (a, b, a * a, b * b, a * b)]
-    variance = (blur[2] - blur[0] ** 2).clamp_min(0) * (blur[3] - blur[1] ** 2).clamp_min(0)
-    local = ((blur[4] - blur[0] * blur[1]).sum(dim=1) / (variance.sqrt().sum(dim=1) + 1e-6))[0]
-    det = warp.determinant(warp.jacobian(embedded.c_atlas))[0]
-    return local.clamp(0, 1), (det > 0).float()
+        a, b = (model.autoencoder.features(x)[0] for x in (grid.sample(model.atlas, c_atlas), image))
+    moments = (a, b, a * a, b * b, a * b)
+    mean_a, mean_b, aa, bb, ab = (F.avg_pool3d(f, 5, 1, 2, count_include_pad=False) for f in moments)
+    variance = (aa - mean_a**2).clamp_min(0) * (bb - mean_b**2).clamp_min(0)
+    local = (ab - mean_a * mean_b).sum(dim=1, keepdim=True) / (variance.sqrt().sum(dim=1, keepdim=True) + 1e-6)
+    regular = warp.determinant(warp.jacobian(c_atlas))[:, None] > 0
+    foreground = grid.resize(embedded.foreground.float(), shape)
+    return _Likeness(c_atlas, local.clone().clamp(0, 1) * regular, foreground)
 
 
-def _confidence(structure: Structure, embedded: Embedded, likeness: tuple[Tensor, Tensor]) -> float:
-    weight = structure.membership(embedded.c_atlas)[0, 0] * embedded.foreground[0, 0]
-    weight = torch.from_numpy(ndimage.maximum_filter((weight > 0.5 * structure.level).float().numpy(), 3))
-    total = weight.sum().clamp_min(1)
-    local, regular = ((part * weight).sum() / total for part in likeness)
-    return float(local * regular)
+def _confidence(structure: Structure, likeness: _Likeness) -> float:
+    """Mean likeness in and next to the structure."""
+    member = (structure.membership(likeness.c_atlas) > 0.5 * structure.level).float()
+    weight = F.max_pool3d(member, 3, 1, 1) * likeness.foreground
+    return float((likeness.local * weight).sum() / weight.sum().clamp_min(1))

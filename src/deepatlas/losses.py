@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from deepatlas import grid
 from deepatlas.shapes import Features, Mask
 from deepatlas.warp import determinant
 
@@ -31,23 +32,53 @@ def masked_mean(values: Float[Tensor, "batch 1 i j k"], mask: Float[Tensor, "bat
     return (torch.where(mask > 0, values, 0.0) * weight).flatten(1).sum(dim=1) / total.clamp_min(1.0)
 
 
-def correlation(a: Features, b: Features, mask: Float[Tensor, "batch 1 i j k"]) -> Float[Tensor, "batch"]:
-    """Product-moment correlation over the masked voxels, per exam and channel, averaged over the channels.
+def correlation(
+    a: Features, b: Features, mask: Float[Tensor, "batch 1 i j k"], window: int | None = None
+) -> Float[Tensor, "batch"]:
+    """Product-moment correlation under a mask, per exam and channel, averaged over the channels.
 
-    A channel that is constant in either map under the mask says nothing and counts 0. The mask enters here and
-    nowhere earlier: multiplied into the images it would print its own edges into both.
+    The mask enters here and nowhere earlier: multiplied into the images it would print its own edges into both.
 
-    Source: eq. 9; which axes the sums run over is not said, per exam and channel is our choice.
+    Args:
+        window: None: one correlation over the whole exam, as eq. 9 reads. Else over cubes of so many voxels, half
+            overlapping, averaged by how much of the mask each holds. Over the whole exam the contrast of air and
+            tissue decides and a blurred atlas scores well; in a window the anatomy has to match
+            (`docs/recipes.md` has both). A window that is flat in either map counts about 0.
+
+    Source: eq. 9; which axes the sums run over is not said.
     """
-    weight = mask.to(a.dtype).flatten(2)
-    weight = weight / weight.sum(dim=2, keepdim=True).clamp_min(1.0)
-    a, b = a.flatten(2), b.flatten(2)
-    mean_a, mean_b = (a * weight).sum(dim=2, keepdim=True), (b * weight).sum(dim=2, keepdim=True)
-    a, b = a - mean_a, b - mean_b
-    weighted_a = a * weight
-    covariance = (weighted_a * b).sum(dim=2)
-    variance_a, variance_b = (weighted_a * a).sum(dim=2), (b * b * weight).sum(dim=2)
-    return (covariance / (variance_a * variance_b + 1e-12).sqrt()).mean(dim=1)
+    weight = mask.to(a.dtype)
+    whole = _moments(a, b, weight, None)
+    if window is None:
+        _, covariance, variance_a, variance_b = whole
+        return (covariance / (variance_a * variance_b + 1e-12).sqrt()).mean(dim=1)[:, 0, 0, 0]
+    share, covariance, variance_a, variance_b = _moments(a, b, weight, window)
+    noise_a, noise_b = (FLAT * variance.detach() + 1e-8 for variance in whole[2:])
+    r = covariance / ((variance_a + noise_a) * (variance_b + noise_b)).sqrt()
+    share = share * (share > 0.05)
+    return ((r.mean(dim=1, keepdim=True) * share).flatten(1).sum(dim=1)) / share.flatten(1).sum(dim=1).clamp_min(1e-6)
+
+
+FLAT = 0.02
+"""A window counts as flat where its variance is below this share of the exam's."""
+
+
+def _moments(a: Features, b: Features, weight: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Share of the mask, covariance and both variances, over the whole exam or per window."""
+
+    def pooled(x: Tensor) -> Tensor:
+        if window is None:
+            return x.mean(dim=(2, 3, 4), keepdim=True)
+        return F.avg_pool3d(x, window, max(1, window // 2))
+
+    share = pooled(weight)
+    scale = 1 / share.clamp_min(1e-6)
+    masked_a, masked_b = a * weight, b * weight
+    mean_a, mean_b = pooled(masked_a) * scale, pooled(masked_b) * scale
+    covariance = pooled(masked_a * b) * scale - mean_a * mean_b
+    variance_a = (pooled(masked_a * a) * scale - mean_a**2).clamp_min(0)
+    variance_b = (pooled(masked_b * b) * scale - mean_b**2).clamp_min(0)
+    return share, covariance, variance_a, variance_b
 
 
 def prewitt(image: Features, spacing_mm: Float[Tensor, "batch 3"]) -> Features:
@@ -56,17 +87,13 @@ def prewitt(image: Features, spacing_mm: Float[Tensor, "batch 3"]) -> Features:
     Source: §5.1.5. It is computed on an image and then warped with it (eq. 12, 13).
     """
     total = torch.zeros_like(image)
-    smooth, edge = image.new_tensor([1.0, 1.0, 1.0]) / 3, image.new_tensor([-0.5, 0.0, 0.5])
-    for axis in range(3):
-        derivative = image
-        for other in range(3):
-            shape = [1, 1, 1, 1, 1]
-            shape[2 + other] = 3
-            kernel = (edge if other == axis else smooth).view(shape)
-            pad = [0, 0, 0, 0, 0, 0]
-            pad[2 * (2 - other)] = pad[2 * (2 - other) + 1] = 1
-            derivative = F.conv3d(F.pad(derivative, pad, mode="replicate"), kernel)
-        total = total + (derivative * (10.0 / spacing_mm[:, axis].view(-1, 1, 1, 1, 1))) ** 2
+    for axis in (2, 3, 4):
+        before, _, after = grid.neighbours(image, axis)
+        derivative = 0.5 * (after - before)
+        for other in {2, 3, 4} - {axis}:
+            before, here, after = grid.neighbours(derivative, other)
+            derivative = (before + here + after) / 3
+        total = total + (derivative * (10.0 / spacing_mm[:, axis - 2].view(-1, 1, 1, 1, 1))) ** 2
     return (total + 1e-8).sqrt()
 
 

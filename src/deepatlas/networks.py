@@ -6,6 +6,8 @@ stands nothing that is not linear, so the two are folded into one kernel inside 
 exists at full resolution.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -71,7 +73,7 @@ class Backbone(nn.Module):
         self.stem = nn.Conv3d(1, widths[0], {1: 3, 2: 4}[stem_stride], stem_stride, padding=1)
         before = (widths[0], *widths[:-1])
         self.encoder = nn.ModuleList(Residual(a, b, groups) for a, b in zip(before, widths, strict=True))
-        self.decoder = nn.ModuleList(Residual(b, a, groups) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.decoder = nn.ModuleList(Residual(b, a, groups) for a, b in pairwise(widths))
 
     def forward(self, image: Image, finest: int = 0) -> list[Features | None]:
         """Features at every resolution from ``finest`` down; finer ones are not computed and stand as None."""

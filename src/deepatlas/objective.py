@@ -54,9 +54,7 @@ class Terms(NamedTuple):
 def objective(c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Autoencoder, weights: Weights) -> Terms:
     """loss_Φ_E + loss_Φ_I of a batch; each exam q is paired with the one before it, p. Source: eq. 2 and 3."""
     target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
-    explicit, edges_e = _similarity(
-        autoencoder, _warp_atlas(atlas, c_atlas), target, exams.foreground, exams.mm_per_box
-    )
+    explicit, edges_e = _similarity(autoencoder, _warp_atlas(atlas, c_atlas), target, exams.foreground, weights.window)
     jacobian = to_mm(warp.jacobian(c_atlas), atlas.mm_per_atlas, exams.mm_per_box)
     smooth_e, folded = losses.smoothness(jacobian, exams.foreground)
 
@@ -67,7 +65,7 @@ def objective(c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Aut
     found = warp.implicit(c_p, c_atlas, foreground_p, exams.foreground)
     edges_p = partner(target.edges)
     moved = grid.sample(torch.cat([partner(exams.image), edges_p], dim=1), found.phi_box)
-    implicit, edges_i = _similarity(autoencoder, (moved[:, :1], moved[:, 1:]), target, found.valid, exams.mm_per_box)
+    implicit, edges_i = _similarity(autoencoder, (moved[:, :1], moved[:, 1:]), target, found.valid, weights.window)
     surrounded = _erode(found.valid)
     smooth_i, _ = losses.smoothness(to_mm(warp.jacobian(found.phi_box), mm_p, exams.mm_per_box), surrounded)
     unsolved = _unsolved(c_p, c_atlas, found, foreground_p, exams.foreground)
@@ -118,14 +116,14 @@ def _warp_atlas(atlas: Atlas, c_atlas: Coordinates) -> tuple[Image, Features]:
     return grid.sample(atlas.image, c_atlas), grid.sample(edges, c_atlas)
 
 
-def _similarity(autoencoder, moved: tuple[Image, Features], target: Target, mask: Tensor, mm_per_box: Tensor):
+def _similarity(autoencoder, moved: tuple[Image, Features], target: Target, mask: Tensor, window: int | None):
     """1 − correlation of features, averaged over the two resolutions, and the error of the edge channel, per exam."""
     fine, coarse = autoencoder.features(moved[0])
     weight = mask.to(fine.dtype)
     weight_coarse = grid.resize(weight, tuple(coarse.shape[2:]))
     weight_coarse = weight_coarse * (weight_coarse > 0.5)
-    r_fine = losses.correlation(fine, target.features[0], weight)
-    r_coarse = losses.correlation(coarse, target.features[1], weight_coarse)
+    r_fine = losses.correlation(fine, target.features[0], weight, window)
+    r_coarse = losses.correlation(coarse, target.features[1], weight_coarse, window and window // 2)
     edges = losses.masked_mean((moved[1] - target.edges).square(), weight)
     return 1 - 0.5 * (r_fine + r_coarse), edges
 

@@ -143,6 +143,7 @@ class _Run:
         self.data, self.preset, self.device = data, preset, device
         self.seed_index = seed_index
         self.seed_name = data.names[seed_index]
+        torch.set_flush_denormal(True)  # air is exactly 0 in most of a batch; denormal gradients cost a factor of 3
         torch.manual_seed(preset.seed)
         self.network = CoordinateNetwork(preset.network).to(device)
         self.autoencoder = Autoencoder().to(device)
@@ -215,18 +216,19 @@ class _Run:
 
     @torch.no_grad()
     def _jump(self, before: int, after: int) -> float:
-        """Mean distance between two levels' maps of the seed exam, in voxels of the loss grid."""
-        shape = (self.preset.loss_size,) * 3
+        """Mean distance between two levels' maps of the seed exam, in voxels of the prepared grid."""
+        shape = (self.data.size,) * 3
         image = self.data.image[self.seed_index : self.seed_index + 1]
         a, b = (grid.resize(self.network(image, level), shape) for level in (before, after))
-        return float((a - b).norm(dim=1).mean() * (self.preset.loss_size - 1) / 2 / MARGIN)
+        return float((a - b).norm(dim=1).mean() * (self.data.size - 1) / 2 / MARGIN)
 
     def _autoencoder_step(self, number: int, step: int) -> dict[str, float]:
         stage = self.preset.autoencoder
         view = self._view(_batch(len(self.data.names), stage.batch, step, self.preset.seed), self._chance(number, step))
-        loss = self.autoencoder.loss(self._on_loss_grid(view.image))
+        sizes = sorted({level.loss_size for level in self.preset.levels})  # every grid it will be used on, in turn
+        loss = self.autoencoder.loss(grid.shrink(view.image, (sizes[step % len(sizes)],) * 3))
         self._descend(loss, self.autoencoder, stage.rate * self._decay(step))
-        return {"loss": float(loss)}
+        return {"loss": float(loss.detach())}
 
     def _warm_step(self, number: int, step: int) -> dict[str, float]:
         """Crops of the seed exam, whose coordinates are known: `MARGIN` times the place in the seed's box."""
@@ -239,7 +241,7 @@ class _Run:
         error = ((c_atlas - truth).square().sum(dim=1, keepdim=True) * weight).sum() / weight.sum().clamp_min(1)
         self._descend(error, self.network, stage.rate * min(1.0, (step + 1) / 30) * self._decay(step))
         mm_per_box = self.seed_box_to_mm[:3, :3].norm(dim=0).mean()
-        return {"loss": float(error), "rms_mm": float(error.detach().sqrt() / MARGIN * mm_per_box)}
+        return {"loss": float(error.detach()), "rms_mm": float(error.detach().sqrt() / MARGIN * mm_per_box)}
 
     def _level_step(self, number: int, step: int) -> dict[str, float]:
         stage = self.preset.levels[self.network.coarsest - self.level]
@@ -247,14 +249,14 @@ class _Run:
         exams = _batch(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)
         view = self._view(exams, self._chance(number, step))
         clock.append(time.perf_counter())
-        shape = (self.preset.loss_size,) * 3
+        shape = (stage.loss_size,) * 3
         c_atlas = grid.resize(self.network(view.seen, self.level), shape)
         clock.append(time.perf_counter())
         foreground = grid.resize(view.foreground.float(), shape) > 0.5
         mm_per_atlas = (self.seed_box_to_mm[:3, :3] / MARGIN).float().to(self.device)[None]
         terms = objective(
             c_atlas,
-            Exams(self._on_loss_grid(view.image), foreground, view.mm_per_box),
+            Exams(grid.shrink(view.image, shape), foreground, view.mm_per_box),
             Atlas(self.atlas, mm_per_atlas),
             self.autoencoder,
             self.preset.weights,
@@ -264,7 +266,10 @@ class _Run:
         norm = self._descend(terms.loss, self.network, stage.rate * warm * self._decay(step))
         clock.append(time.perf_counter())
         seconds = dict(zip(("s_augment", "s_network", "s_objective", "s_backward"), np.diff(clock), strict=True))
-        return {k: float(v) for k, v in (terms._asdict() | {"gradient": norm} | seconds).items()}
+        return {
+            k: float(v.detach()) if isinstance(v, Tensor) else float(v)
+            for k, v in (terms._asdict() | {"gradient": norm} | seconds).items()
+        }
 
     def _descend(self, loss: Tensor, clipped: torch.nn.Module, rate: float) -> float:
         """One step of Adam; a gradient that is not finite is skipped and counted."""
@@ -307,9 +312,6 @@ class _Run:
         seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
         mm_per_box = self.data.box_to_mm[exams, :3, :3].float().to(device) @ matrix[:, :3, :3]
         return View(seen, image, foreground & ~lost, mm_per_box, places)
-
-    def _on_loss_grid(self, image: Tensor) -> Tensor:
-        return grid.shrink(image, (self.preset.loss_size,) * 3)
 
     def model(self) -> Model:
         """The model as it stands."""

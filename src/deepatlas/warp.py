@@ -87,8 +87,8 @@ def implicit(
     active = (
         torch.ones_like(target[:, :1], dtype=torch.bool) if foreground_q is None else foreground_q.flatten(2).bool()
     ) & torch.isfinite(target).all(dim=1, keepdim=True)
-    forward = linear_part(c_p, foreground_p)
-    inverse = _safe_inverse(forward)
+    forward = _regular(linear_part(c_p, foreground_p))
+    inverse = torch.linalg.inv(forward)
     y, residual, det = _Invert.apply(c_p, target, active, forward, inverse, steps, tolerance)
     # a solution held back by a face of the box lies beyond it, unless it solves the equation there
     held = (y.abs() >= 1).any(dim=1, keepdim=True) & (residual[:, None] > _ON_FACE)
@@ -106,12 +106,16 @@ def implicit(
     )
 
 
-def _safe_inverse(forward: Tensor) -> Tensor:
-    """Inverse of the affine maps; the identity where a map is singular (an untrained network)."""
-    linear = forward[:, :3, :3]
-    good = torch.linalg.det(linear).abs() > 1e-8
+def _regular(forward: Tensor) -> Tensor:
+    """The affine maps themselves; the identity where one is singular or not finite (an untrained network)."""
+    good = torch.linalg.det(forward[:, :3, :3]).abs() > 1e-8
     eye = torch.eye(4, dtype=forward.dtype, device=forward.device).expand_as(forward)
-    return torch.linalg.inv(torch.where(good[:, None, None], forward, eye))
+    return torch.where(good[:, None, None], forward, eye)
+
+
+def _safe_inverse(forward: Tensor) -> Tensor:
+    """Inverse of the affine maps; the identity where a map is singular."""
+    return torch.linalg.inv(_regular(forward))
 
 
 def _floor(forward: Tensor) -> Tensor:

@@ -1,0 +1,132 @@
+"""A model's library of structures, extended from files and renamed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from deepatlas import files
+from deepatlas.checkpoint import Model
+from deepatlas.errors import DeepAtlasError, LabelError, StructureError
+from deepatlas.locate import Embedded, define, embed
+from deepatlas.outputs import reason
+from deepatlas.volume import Volume
+
+
+class Defined(NamedTuple):
+    """A model that learned structures from files."""
+
+    model: Model
+    defined: list[str]
+    undrawn: list[str]
+    """Structures that no exam shows."""
+    failed: dict[str, str]
+    """Exam → why it could not be used."""
+
+
+def define_files(
+    model: Model,
+    exams: Path,
+    labels: Path,
+    names: dict[str, int],
+    required: bool = False,
+    on_done: Callable[[int, int, str], None] | None = None,
+) -> Defined:
+    """Store structures from labelled exams on disk, see `deepatlas.locate.define`.
+
+    Args:
+        exams, labels: an exam and its label map, or folders; in a folder the label map of an exam has its name, or
+            its name and `_seg`. Exams without a label map take no part.
+        required: refuse where a structure is not drawn in any exam, instead of leaving it out.
+        on_done: called after each exam as `on_done(done, total, name)`.
+
+    Raises:
+        ExamError, LabelError: nothing can be used. StructureError: nothing (or not everything required) is drawn.
+    """
+    pairs = pair(exams, labels)
+    failed: dict[str, str] = {}
+    read: dict[Path, Volume] = {}
+    drawn: set[int] = set()
+    for exam_path, label_path in pairs:
+        try:
+            read[exam_path] = files.read_labels(label_path)
+        except DeepAtlasError as error:
+            _note(failed, pairs, error, exam_path, label_path)
+            continue
+        drawn |= set(np.unique(read[exam_path].array).tolist())
+    undrawn = [name for name, number in names.items() if number not in drawn]
+    if read and (len(undrawn) == len(names) or (required and undrawn)):
+        raise StructureError(
+            f"Expected a label map with number {names[undrawn[0]]} for {undrawn[0]}, found none; "
+            "check the label map and the table of names."
+        )
+    maps: list[Embedded] = []
+
+    def labelled() -> Iterator[tuple[Volume, Volume]]:
+        for done, (exam_path, label_path) in enumerate(pairs, start=1):
+            if exam_path in read:
+                try:
+                    exam = files.read_exam(exam_path)
+                    files.check_same_grid(read[exam_path], exam, label_path.name)
+                    maps.append(embed(model, exam))
+                    yield exam, read[exam_path]
+                except (DeepAtlasError, MemoryError) as error:
+                    _note(failed, pairs, error, exam_path, label_path)
+            if on_done is not None:
+                on_done(done, len(pairs), files.exam_name(exam_path))
+        if len(failed) == len(pairs):
+            first = next(iter(failed.values()))
+            raise LabelError(f"Expected labelled exams, but all {len(pairs)} failed; the first: {first}")
+
+    present = {name: number for name, number in names.items() if name not in undrawn}
+    made = define(model, labelled(), present, embedded=_in_order(maps))
+    return Defined(made, list(present), undrawn, failed)
+
+
+def pair(exams: Path, labels: Path) -> list[tuple[Path, Path]]:
+    """Exams and their label maps, by name; a single exam and a single label map belong together under any name.
+
+    Raises:
+        ExamError: a folder is missing or empty. LabelError: no exam has a label map.
+    """
+    exam_paths, label_paths = files.find_exams(exams), files.find_exams(labels)
+    if exams.is_file() and labels.is_file():
+        return [(exam_paths[0], label_paths[0])]
+    by_name = {files.exam_name(path).removesuffix("_seg"): path for path in label_paths}
+    by_name |= {files.exam_name(path): path for path in label_paths}
+    pairs = [(path, by_name[files.exam_name(path)]) for path in exam_paths if files.exam_name(path) in by_name]
+    if not pairs:
+        raise LabelError(
+            f"Expected a label map named like an exam, such as {exam_paths[0].name}, found none in {labels}; "
+            "rename the label maps."
+        )
+    return pairs
+
+
+def renamed(model: Model, old: str, new: str) -> Model:
+    """The model with a structure under another name, in the same place of its library.
+
+    Raises:
+        StructureError: the old name is unknown, or the new one is empty or in use.
+    """
+    model.structure(old)
+    if not new.strip() or new in model.structures:
+        raise StructureError(f"Expected a new name for {old}, got {new!r}, which is empty or in use; choose another.")
+    structures = {new if name == old else name: one for name, one in model.structures.items()}
+    structures[new] = structures[new].renamed(new)
+    return replace(model, structures=structures)
+
+
+def _in_order(maps: list[Embedded]) -> Iterator[Embedded]:
+    """The maps as they are appended, each handed over once."""
+    while True:
+        yield maps.pop(0)
+
+
+def _note(failed: dict[str, str], pairs: list, error: DeepAtlasError | MemoryError, exam: Path, labels: Path) -> None:
+    """Note a failure; the only exam is refused."""
+    if len(pairs) == 1 and isinstance(error, DeepAtlasError):
+        raise error
+    failed[files.exam_name(exam)] = reason(error, exam, labels)

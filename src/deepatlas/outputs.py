@@ -1,0 +1,167 @@
+"""What is written about exams: the answer for one (label map and JSON), and the list of those that failed.
+
+The JSON of an exam holds no path and nothing from its header but its file's name.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepatlas import checkpoint, files
+from deepatlas.checkpoint import Model
+from deepatlas.errors import DeepAtlasError, ExamError, StructureError
+from deepatlas.files import Exam
+from deepatlas.locate import Found
+
+
+def describe(exam: Exam, found: dict[str, Found], model: Model) -> dict[str, Any]:
+    """What was found in an exam, in types that JSON knows: shares to 4 digits, ml to 3, mm (RAS) to 2.
+
+    An absent structure keeps its coverage; what it does not have is None. `repairs` is there only where the exam was
+    mended on the way in.
+    """
+    answer = {
+        "exam": exam.name,
+        "frame": "RAS",
+        "unit": "mm",
+        "model": model.name,
+        "version": checkpoint.VERSION,
+        "structures": {name: _entry(one) for name, one in found.items()},
+    }
+    return answer | ({"repairs": list(exam.repairs)} if exam.repairs else {})
+
+
+def label_map(found: dict[str, Found], shape: tuple[int, int, int]) -> np.ndarray:
+    """One array with every mask, its value the structure's number.
+
+    Raises:
+        StructureError: two structures have the same number.
+    """
+    check_numbers((one.name, one.label) for one in found.values())
+    array = np.zeros(shape, dtype=np.int32)
+    for one in found.values():
+        if one.mask is not None:
+            array[one.mask] = one.label
+    return array
+
+
+def check_numbers(structures: Iterable[tuple[str, int]]) -> None:
+    """Refuse structures (name, number) that cannot stand in one label map."""
+    seen: dict[int, str] = {}
+    for name, number in structures:
+        if number in seen:
+            raise StructureError(
+                f"Expected one number per structure, but {seen[number]} and {name} both have {number}; locate them "
+                "one at a time with --structures, or define one again with another number."
+            )
+        seen[number] = name
+
+
+def write_answer(folder: Path, exam: Exam, found: dict[str, Found], model: Model) -> tuple[Path, Path]:
+    """Write `<exam>_seg.nii.gz` on the exam's own grid and `<exam>.json`; each appears whole or not at all."""
+    seg, about = answer_paths(folder, exam.name)
+    files.write_labels(seg, label_map(found, exam.shape), exam)
+    checkpoint.write_text(about, json.dumps(describe(exam, found, model), indent=1, allow_nan=False))
+    return seg, about
+
+
+def answer_paths(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where the answer for an exam is written: its label map and its JSON."""
+    return folder / f"{name}_seg.nii.gz", folder / f"{name}.json"
+
+
+def claim(paths: Iterable[Path], overwrite: bool) -> None:
+    """Make the folders of outputs, and refuse, before any work, those that exist already.
+
+    Raises:
+        ExamError: an output exists and `overwrite` is not set, or its folder cannot be made.
+    """
+    paths = list(paths)
+    present = [path for path in paths if path.exists()]
+    if present and not overwrite:
+        more = f" and {len(present) - 1} more" if len(present) > 1 else ""
+        raise ExamError(
+            f"Expected new outputs, but {present[0]}{more} exists already; add --overwrite to replace, "
+            "or choose another place."
+        )
+    for folder in dict.fromkeys(path.parent for path in paths):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExamError(
+                f"Expected to write into {folder}, but cannot ({error.strerror}); choose another."
+            ) from None
+
+
+def each(
+    paths: list[Path], work: Callable[[Path], None], on_done: Callable[[int, int, str], None] | None = None
+) -> dict[str, str]:
+    """Do something with every exam; one that fails is noted and the rest goes on.
+
+    Args:
+        on_done: called after each as `on_done(done, total, name)`.
+
+    Returns:
+        Exam name → why it failed, without its folder.
+    """
+    failed = {}
+    for done, path in enumerate(paths, start=1):
+        try:
+            work(path)
+        except (DeepAtlasError, MemoryError) as error:
+            failed[files.exam_name(path)] = reason(error, path)
+        if on_done is not None:
+            on_done(done, len(paths), files.exam_name(path))
+    return failed
+
+
+def reason(error: DeepAtlasError | MemoryError, *paths: Path) -> str:
+    """Why an exam failed, in a line that names its files but not their folders."""
+    text = str(error)
+    if isinstance(error, MemoryError):
+        text = f"{paths[0].name}: expected an exam that fits into memory, ran out of it; crop or coarsen the exam."
+    for path in paths:
+        text = text.replace(str(path), path.name)
+    return " ".join(text.split())
+
+
+def write_failed(path: Path, failed: dict[str, str], done: Iterable[str] = ()) -> None:
+    """Write the list of exams that failed (name → reason), or remove it where there is none.
+
+    What an earlier run noted about exams that are not in `done` stays; no `done` begins the list anew.
+    """
+    done = set(done)
+    if done and path.exists():
+        try:
+            older = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            older = {}
+        failed = {name: text for name, text in older.items() if name not in done} | failed
+    if failed:
+        checkpoint.write_text(path, json.dumps(failed, indent=1, sort_keys=True))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _entry(one: Found) -> dict[str, Any]:
+    return {
+        "label": one.label,
+        "status": one.status,
+        "coverage": _rounded(one.coverage, 4),
+        "confidence": _rounded(one.confidence, 4),
+        "volume_ml": _rounded(one.volume_ml, 3),
+        "centroid": _rounded(one.centroid_mm, 2),
+        "box": _rounded(one.box_mm, 2),
+    }
+
+
+def _rounded(value: Any, digits: int) -> Any:
+    """A number, or nested tuples of them as lists, rounded; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return [_rounded(item, digits) for item in value]
+    return round(float(value), digits)
