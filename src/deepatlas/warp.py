@@ -84,6 +84,8 @@ def implicit(
     """
     trailing = c_q.shape[2:]
     target = c_q.flatten(2)
+    if c_p.shape[0] != c_q.shape[0]:
+        c_p = c_p.expand(c_q.shape[0], *c_p.shape[1:])
     active = (
         torch.ones_like(target[:, :1], dtype=torch.bool) if foreground_q is None else foreground_q.flatten(2).bool()
     ) & torch.isfinite(target).all(dim=1, keepdim=True)

@@ -1,0 +1,166 @@
+"""The fused kernels: the same numbers as the plain forms, however the work is split."""
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from deepatlas import grid, kernels_cpu, warp
+
+SHAPE = (7, 5, 6)
+COUNT = 2500  # more than two chunks, and no multiple of one
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Numbers of a generator."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def bent_map(batch: int, dtype: torch.dtype) -> torch.Tensor:
+    """A turned, stretched and bent map of a grid of unequal sides, another one for each exam."""
+    where = grid.identity(SHAPE, torch.float64).expand(batch, -1, -1, -1, -1)
+    x, y, z = where.unbind(1)
+    size = torch.arange(1, batch + 1, dtype=torch.float64).view(-1, 1, 1, 1) * 0.04
+    bent = torch.stack([x - 0.5 * y + size * torch.sin(3 * z), 0.6 * y + 0.5 * x, 0.8 * z + size * torch.cos(2 * x)])
+    return bent.transpose(0, 1).contiguous().to(dtype)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def problem(request):
+    """A map, points to find in it (one in six not wanted), and what the solver needs beside them."""
+    c_p = bent_map(2, request.param)
+    target = draw(1, 2, 3, COUNT, dtype=request.param) * 0.6
+    active = torch.rand(2, 1, COUNT, generator=torch.Generator().manual_seed(2)) > 1 / 6
+    forward = warp.linear_part(c_p)
+    return c_p, target, active, forward, torch.linalg.inv(forward)
+
+
+def invert(c_p, target, active, forward, inverse, steps=8, tolerance=1e-3):
+    """The kernel, with torch tensors on both sides."""
+    out, residual, det = torch.empty_like(target), torch.empty_like(target[:, 0]), torch.empty_like(target[:, 0])
+    kernels_cpu.invert(
+        grid.flat(c_p),
+        SHAPE,
+        grid.flat(target),
+        active[:, 0].numpy(),
+        inverse[:, :3, :3].contiguous().numpy(),
+        inverse[:, :3, 3].contiguous().numpy(),
+        steps,
+        tolerance,
+        warp._floor(forward).numpy(),
+        out.numpy(),
+        residual.numpy(),
+        det.numpy(),
+    )
+    return out, residual, det
+
+
+def test_parts_give_every_thread_work_and_no_more(monkeypatch):
+    for threads, batch, parts in ((1, 1, 1), (1, 8, 1), (2, 1, 2), (4, 2, 2), (6, 4, 1), (64, 1, 8), (64, 3, 2)):
+        monkeypatch.setattr(numba, "get_num_threads", lambda threads=threads: threads)
+        assert kernels_cpu.parts_for(batch) == parts
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_the_parts_of_an_adjoint_add_up_to_the_whole(parts):
+    field, where = draw(3, 2, 3, *SHAPE), draw(4, 2, 3, COUNT)
+    grad = draw(5, 2, 3, COUNT)
+    results = []
+    for n in (1, parts):
+        to_points, buffers = np.empty((2, 3, COUNT)), np.zeros((n, 2, 3, np.prod(SHAPE)))
+        kernels_cpu.sample_backward(
+            grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad), to_points, buffers, True, True
+        )
+        assert all(part.any() for part in buffers)
+        results.append((to_points, buffers.sum(axis=0)))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-10)
+
+
+def test_the_number_of_threads_does_not_change_a_training_gradient(monkeypatch):
+    gradients = []
+    for parts in (1, 5):
+        monkeypatch.setattr(kernels_cpu, "parts_for", lambda batch, parts=parts: parts)
+        c_p, c_q = bent_map(2, torch.float64).requires_grad_(), (bent_map(2, torch.float64) * 0.7).requires_grad_()
+        phi = warp.implicit(c_p, c_q).phi_box
+        moved = grid.sample(c_p, phi)
+        gradients.append(torch.autograd.grad((phi * draw(6, *phi.shape)).sum() + moved.square().sum(), (c_p, c_q)))
+    for one, many in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, many, atol=1e-10, rtol=0)
+
+
+def test_only_what_is_wanted_is_computed():
+    field, where, grad = draw(7, 1, 2, *SHAPE), draw(8, 1, 3, 50), draw(9, 1, 2, 50)
+    to_points, none = np.full((1, 3, 50), 7.0), np.zeros((1, 1, 2, 0))
+    kernels_cpu.sample_backward(
+        grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad), to_points, none, True, False
+    )
+    assert (to_points != 7).all()
+    untouched, buffers = np.full((1, 3, 50), 7.0), np.zeros((1, 1, 2, np.prod(SHAPE)))
+    kernels_cpu.sample_backward(
+        grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad), untouched, buffers, False, True
+    )
+    assert (untouched == 7).all()
+    assert np.isclose(buffers.sum(), grad.sum())
+
+
+def test_the_solver_is_its_reference(problem):
+    c_p, target, active, forward, inverse = problem
+    y, residual, det = invert(*problem)
+    reference = warp.invert_reference(c_p, target, active, inverse, warp._floor(forward), 8, 1e-3)
+    tight = c_p.dtype == torch.float64
+    same = (residual - reference[1]).abs() < (1e-9 if tight else 1e-3)  # also the voxels outside, which stop at a face
+    same |= ~active[:, 0]
+    assert same.float().mean() > (0.9999 if tight else 0.99)
+    solved = active[:, 0] & (residual < 1e-3) & (reference[1] < 1e-3)
+    assert 0.3 < solved.float().mean() < 0.8
+    apart = (y - reference[0]).abs().amax(dim=1)
+    assert apart[solved].max() < (1e-9 if tight else 2e-3)  # both stopped within 1e-3 voxels
+    assert (det - reference[2])[solved].abs().max() < (1e-8 if tight else 0.1)
+
+
+def test_what_is_not_wanted_is_placed_by_the_affine_and_flagged(problem):
+    _, target, active, _, inverse = problem
+    y, residual, det = invert(*problem)
+    idle = ~active[:, 0]
+    affine_place = inverse[:, :3, :3] @ target + inverse[:, :3, 3:]
+    for row in range(2):
+        torch.testing.assert_close(y[row][:, idle[row]], affine_place[row][:, idle[row]])
+    assert torch.isinf(residual[idle]).all()
+    assert (det[idle] == 0).all()
+
+
+def test_a_solution_never_leaves_the_box_and_more_steps_never_make_it_worse(problem):
+    active = problem[2][:, 0]
+    before = torch.full_like(problem[1][:, 0], torch.inf)
+    for steps in (0, 1, 2, 4, 8, 16):
+        y, residual, _ = invert(*problem, steps=steps)
+        assert (residual <= before)[active].all()
+        assert (y.abs().amax(dim=1)[active] <= 1).all()
+        before = residual
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_gradient_of_the_solver_is_its_reference(problem, parts):
+    c_p, target, active, forward, _ = problem
+    y, _, _ = invert(*problem, steps=12)
+    grad, floor = draw(10, *target.shape, dtype=c_p.dtype), warp._floor(forward)
+    buffers, to_target = np.zeros((parts, 2, 3, np.prod(SHAPE)), grid.flat(c_p).dtype), torch.zeros_like(target)
+    kernels_cpu.invert_backward(
+        grid.flat(c_p),
+        SHAPE,
+        grid.flat(y),
+        active[:, 0].numpy(),
+        forward[:, :3, :3].contiguous().numpy(),
+        floor.numpy(),
+        grid.flat(grad),
+        to_target.numpy(),
+        buffers,
+    )
+    tolerance = 1e-9 if c_p.dtype == torch.float64 else 2e-3
+    expected = warp._implicit_gradient(c_p, y, active, forward, floor, grad)
+    torch.testing.assert_close(to_target, expected, atol=tolerance, rtol=tolerance)
+    pushed = -grid.splat(expected, y, SHAPE)
+    torch.testing.assert_close(
+        torch.from_numpy(buffers.sum(axis=0)).view_as(pushed), pushed, atol=10 * tolerance, rtol=tolerance
+    )
