@@ -97,9 +97,7 @@ def test_only_what_is_wanted_is_computed():
     )
     assert (to_points != 7).all()
     untouched, buffers = np.full((1, 3, 50), 7.0), np.zeros((1, 1, 2, np.prod(SHAPE)))
-    kernels_cpu.sample_backward(
-        grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad), untouched, buffers, False, True
-    )
+    kernels_cpu.sample_backward(*given, untouched, buffers, False, True)
     assert (untouched == 7).all()
     assert np.isclose(buffers.sum(), grad.sum())
 

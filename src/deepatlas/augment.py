@@ -20,21 +20,53 @@ def draw_uniform(shape: tuple[int, ...], low: float, high: float, generator: Gen
 
 
 def draw_affine(
-    batch: int, generator: Generator, scale: float = 0.3, rotation: float = 0.5, translation: float = 0.25
+    mm_per_box: Float[Tensor, "batch 3 3"],
+    generator: Generator,
+    scale: float = 0.3,
+    rotation: float = 0.5,
+    translation: float = 0.25,
 ) -> Affine:
     """Random maps from an augmented box to the box of the exam.
 
     Args:
+        mm_per_box: linear part of box → mm; a turn is one of the patient, also where the box is not a cube.
         scale: zoom of each axis within 1 ± scale.
         rotation: radians about each axis, ± rotation.
         translation: in box units, ± translation (8 of 64 voxels are 0.25).
 
     Source: §5.5.2.
     """
+    batch = len(mm_per_box)
     zoom = draw_uniform((batch, 3), 1 - scale, 1 + scale, generator)
-    turn = affine.rotation(draw_uniform((batch, 3), -rotation, rotation, generator))
+    turn = _turn_in_box(draw_uniform((batch, 3), -rotation, rotation, generator), mm_per_box)
     shift = draw_uniform((batch, 3), -translation, translation, generator)
-    return affine.from_parts(turn @ torch.diag_embed(zoom), shift)
+    return affine.from_parts(turn @ torch.diag_embed(zoom).to(turn), shift.to(turn))
+
+
+def draw_crop(
+    mm_per_box: Float[Tensor, "batch 3 3"],
+    generator: Generator,
+    least: tuple[float, float, float] = (0.5, 0.5, 0.15),
+    rotation: float = 0.25,
+) -> Affine:
+    """Random crops: maps from a crop's box to the box of the exam it is cut from.
+
+    A crop spans from ``least`` to 1.15 of each axis (R, A, S) and lies anywhere in the exam: a part of a body fills
+    its prepared grid just as a whole body does.
+
+    Source: §5.2.5.
+    """
+    batch = len(mm_per_box)
+    low = torch.tensor(least)
+    span = torch.rand((batch, 3), generator=generator) * (1.15 - low) + low
+    centre = draw_uniform((batch, 3), -1, 1, generator) * (1 - span).clamp_min(0.1)
+    turn = _turn_in_box(draw_uniform((batch, 3), -rotation, rotation, generator), mm_per_box)
+    return affine.from_parts(turn @ torch.diag_embed(span).to(turn), centre.to(turn))
+
+
+def _turn_in_box(angles: Float[Tensor, "batch 3"], mm_per_box: Float[Tensor, "batch 3 3"]) -> Tensor:
+    """A rotation of the patient as a map of box coordinates."""
+    return torch.linalg.solve(mm_per_box, affine.rotation(angles).to(mm_per_box) @ mm_per_box)
 
 
 class Cut(NamedTuple):

@@ -140,6 +140,9 @@ def define(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the extended model here and leave MODEL as it is.")
     ] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help='JSON of label faults to leave out: {"larynx": ["pt_206"]}.')
+    ] = None,
 ) -> None:
     """Store structures in a model's library, from one labelled exam or from several.
 
@@ -153,9 +156,10 @@ def define(
     if output is not None:
         outputs.claim([output / "model.json"], overwrite=False)
     table = _table_of_names(names, structures)
+    faults = _read_json(exclude, dict) if exclude else None
     base = checkpoint.load(folder)
     with _counting("Reading") as count:
-        made = define_files(base, inputs, labels, table, required=structures is not None, on_done=count)
+        made = define_files(base, inputs, labels, table, required=structures is not None, exclude=faults, on_done=count)
     if output is None:
         checkpoint.save_structures(made.model, target)
     else:

@@ -152,7 +152,7 @@ DEMO = Preset(
     batch=8,
     atlas_size=64,
     decay=0.9,
-    augmentation=Augmentation(scale=0.2, rotation=0.3, translation=0.15),
+    augmentation=Augmentation(scale=0.2, rotation=0.2, translation=0.15),
 )
 """The embedded default: minutes on two CPU cores, for the phantoms."""
 

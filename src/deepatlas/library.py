@@ -32,6 +32,7 @@ def define_files(
     labels: Path,
     names: dict[str, int],
     required: bool = False,
+    exclude: dict[str, list[str]] | None = None,
     on_done: Callable[[int, int, str], None] | None = None,
 ) -> Defined:
     """Store structures from labelled exams on disk, see `deepatlas.locate.define`.
@@ -40,6 +41,7 @@ def define_files(
         exams, labels: an exam and its label map, or folders; in a folder the label map of an exam has its name, or
             its name and `_seg`. Exams without a label map take no part.
         required: refuse where a structure is not drawn in any exam, instead of leaving it out.
+        exclude: for each structure, the exams whose label is known to be wrong; there it counts as not drawn.
         on_done: called after each exam as `on_done(done, total, name)`.
 
     Raises:
@@ -51,7 +53,7 @@ def define_files(
     drawn: set[int] = set()
     for exam_path, label_path in pairs:
         try:
-            read[exam_path] = files.read_labels(label_path)
+            read[exam_path] = _without_faults(files.read_labels(label_path), files.exam_name(exam_path), names, exclude)
         except DeepAtlasError as error:
             _note(failed, pairs, error, exam_path, label_path)
             continue
@@ -83,6 +85,12 @@ def define_files(
     present = {name: number for name, number in names.items() if name not in undrawn}
     made = define(model, labelled(), present, embedded=_in_order(maps))
     return Defined(made, list(present), undrawn, failed)
+
+
+def _without_faults(labels: Volume, exam: str, names: dict[str, int], exclude: dict[str, list[str]] | None) -> Volume:
+    """The label map without the structures that are known to be wrong in this exam."""
+    faulty = [names[name] for name, exams in (exclude or {}).items() if exam in exams and name in names]
+    return Volume(np.where(np.isin(labels.array, faulty), 0, labels.array), labels.affine) if faulty else labels
 
 
 def pair(exams: Path, labels: Path) -> list[tuple[Path, Path]]:

@@ -54,34 +54,80 @@ class Terms(NamedTuple):
 def objective(c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Autoencoder, weights: Weights) -> Terms:
     """loss_Φ_E + loss_Φ_I of a batch; each exam q is paired with the one before it, p. Source: eq. 2 and 3."""
     target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
-    explicit, edges_e = _similarity(autoencoder, _warp_atlas(atlas, c_atlas), target, exams.foreground, weights.window)
+    explicit = explicit_terms(c_atlas, exams, atlas, autoencoder, target, weights.window)
+    implicit = implicit_terms(c_atlas, exams, autoencoder, target, weights.window)
+    terms = {
+        "explicit": explicit.similarity.mean(),
+        "implicit": _mean(implicit.similarity, implicit.overlap),
+        "edges": explicit.edges.mean() + _mean(implicit.edges, implicit.overlap),
+        "smooth_explicit": explicit.smooth.mean(),
+        "smooth_implicit": _mean(implicit.smooth, implicit.overlap),
+        "unsolved": _mean(implicit.unsolved, implicit.overlap),
+    }
+    loss = sum(getattr(weights, name) * value for name, value in terms.items())
+    return Terms(
+        loss=loss, folded=explicit.folded.mean(), converged=_mean(implicit.converged, implicit.overlap), **terms
+    )
+
+
+class Explicit(NamedTuple):
+    """The atlas-to-exam registration, one number per exam."""
+
+    similarity: Tensor
+    edges: Tensor
+    smooth: Tensor
+    folded: Tensor
+
+
+def explicit_terms(
+    c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Autoencoder, target: "Target", window: int | None
+) -> Explicit:
+    """``X ∘ Φ_E ~ x_n`` with Φ_E = c_n. Source: §5.1.2, eq. 3 and 13."""
+    moved = _warp_atlas(atlas, c_atlas)
+    similarity, edges = _similarity(autoencoder, moved, target, exams.foreground, window)
     jacobian = to_mm(warp.jacobian(c_atlas), atlas.mm_per_atlas, exams.mm_per_box)
-    smooth_e, folded = losses.smoothness(jacobian, exams.foreground)
+    return Explicit(similarity, edges, *losses.smoothness(jacobian, exams.foreground))
+
+
+class ImplicitTerms(NamedTuple):
+    """The exam-to-exam registration, one number per pair."""
+
+    similarity: Tensor
+    edges: Tensor
+    smooth: Tensor
+    unsolved: Tensor
+    converged: Tensor
+    overlap: Tensor
+    """1 where the pair shows common anatomy, as far as the maps can tell; the others count for nothing."""
+
+
+def _mean(values: Tensor, overlap: Tensor) -> Tensor:
+    """Mean over the pairs that overlap."""
+    return (values * overlap).sum() / overlap.sum().clamp_min(1)
+
+
+LEAST_OVERLAP = 0.02
+"""Share of an exam's foreground that has to lie in the other exam's view."""
+
+
+def implicit_terms(
+    c_atlas: Coordinates, exams: Exams, autoencoder: Autoencoder, target: "Target", window: int | None
+) -> ImplicitTerms:
+    """``x_p ∘ Φ_I ~ x_q`` with Φ_I = c_p⁻¹ ∘ c_q. Source: §5.1.1, eq. 2 and 12."""
 
     def partner(x: Tensor) -> Tensor:
         return x.roll(1, dims=0)
 
     c_p, foreground_p, mm_p = partner(c_atlas), partner(exams.foreground), partner(exams.mm_per_box)
     found = warp.implicit(c_p, c_atlas, foreground_p, exams.foreground)
-    edges_p = partner(target.edges)
-    moved = grid.sample(torch.cat([partner(exams.image), edges_p], dim=1), found.phi_box)
-    implicit, edges_i = _similarity(autoencoder, (moved[:, :1], moved[:, 1:]), target, found.valid, weights.window)
-    surrounded = _erode(found.valid)
-    smooth_i, _ = losses.smoothness(to_mm(warp.jacobian(found.phi_box), mm_p, exams.mm_per_box), surrounded)
+    moved = grid.sample(torch.cat([partner(exams.image), partner(target.edges)], dim=1), found.phi_box)
+    similarity, edges = _similarity(autoencoder, (moved[:, :1], moved[:, 1:]), target, found.valid, window)
+    jacobian = to_mm(warp.jacobian(found.phi_box), mm_p, exams.mm_per_box)
+    smooth, _ = losses.smoothness(jacobian, _erode(found.valid))
     unsolved = _unsolved(c_p, c_atlas, found, foreground_p, exams.foreground)
-
-    reachable = found.reachable.flatten(1).sum(dim=1).clamp_min(1)
-    terms = {
-        "explicit": explicit.mean(),
-        "implicit": implicit.mean(),
-        "edges": (edges_e + edges_i).mean(),
-        "smooth_explicit": smooth_e.mean(),
-        "smooth_implicit": smooth_i.mean(),
-        "unsolved": unsolved.mean(),
-    }
-    loss = sum(getattr(weights, name) * value for name, value in terms.items())
-    converged = (found.valid.flatten(1).sum(dim=1) / reachable).mean()
-    return Terms(loss=loss, folded=folded.mean(), converged=converged, **terms)
+    solved, reachable, whole = (m.flatten(1).sum(dim=1) for m in (found.valid, found.reachable, exams.foreground))
+    overlap = (reachable > LEAST_OVERLAP * whole).to(similarity.dtype)
+    return ImplicitTerms(similarity, edges, smooth, unsolved, solved / reachable.clamp_min(1), overlap)
 
 
 class Target(NamedTuple):

@@ -27,7 +27,7 @@ from deepatlas.config import Augmentation, Preset
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.objective import Atlas, Exams, objective
-from deepatlas.prepare import window
+from deepatlas.prepare import fixed_extent_mm, window
 from deepatlas.store import Cohort
 
 LOG = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ class _Run:
         self.level = self.network.coarsest
         self.optimiser: torch.optim.Adam | None = None
         self.from_model = False
+        self.crops = fixed_extent_mm(data.region) is None  # else every exam is shown at the scale of the seed
         self.failures = 0
 
     @classmethod
@@ -233,7 +234,7 @@ class _Run:
     def _warm_step(self, number: int, step: int) -> dict[str, float]:
         """Crops of the seed exam, whose coordinates are known: `MARGIN` times the place in the seed's box."""
         stage, generator = self.preset.warm, self._chance(number, step)
-        view = self._view([self.seed_index] * stage.batch, generator, Augmentation(), stage.bend)
+        view = self._view([self.seed_index] * stage.batch, generator, Augmentation(), stage.bend, self.crops)
         shape = (16, 16, 16)
         c_atlas = grid.resize(self.network(view.seen, self.network.coarsest), shape)
         truth = MARGIN * grid.resize(view.places_box, shape)
@@ -296,10 +297,21 @@ class _Run:
         key = np.random.SeedSequence((self.preset.seed, stage, step)).generate_state(1, np.uint64)[0]
         return Generator().manual_seed(int(key >> np.uint64(1)))
 
-    def _view(self, exams: list[int], chance: Generator, how: Augmentation | None = None, bend: float = 0.0) -> View:
+    def _view(
+        self,
+        exams: list[int],
+        chance: Generator,
+        how: Augmentation | None = None,
+        bend: float = 0.0,
+        crop: bool = False,
+    ) -> View:
         how = how or self.preset.augmentation
         batch, shape, device = len(exams), (self.data.size,) * 3, self.device
-        matrix = augment.draw_affine(batch, chance, how.scale, how.rotation, how.translation).to(device)
+        box = self.data.box_to_mm[exams, :3, :3].float().to(device)
+        if crop:
+            matrix = augment.draw_crop(box, chance)
+        else:
+            matrix = augment.draw_affine(box, chance, how.scale, how.rotation, how.translation)
         cut = augment.draw_cut(batch, chance, how.cut)
         tone = augment.draw_tone(batch, chance, how.tone).to(device)
         places = augment.place(matrix, shape)
@@ -310,7 +322,7 @@ class _Run:
         foreground = (grid.sample(self.data.foreground[exams].float(), places) > 0.5) & within
         lost = augment.outside_cut(augment.Cut(*(part.to(device) for part in cut)), places)
         seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
-        mm_per_box = self.data.box_to_mm[exams, :3, :3].float().to(device) @ matrix[:, :3, :3]
+        mm_per_box = box @ matrix[:, :3, :3]
         return View(seen, image, foreground & ~lost, mm_per_box, places)
 
     def model(self) -> Model:
