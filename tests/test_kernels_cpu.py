@@ -92,9 +92,8 @@ def test_the_number_of_threads_does_not_change_a_training_gradient(monkeypatch):
 def test_only_what_is_wanted_is_computed():
     field, where, grad = draw(7, 1, 2, *SHAPE), draw(8, 1, 3, 50), draw(9, 1, 2, 50)
     to_points, none = np.full((1, 3, 50), 7.0), np.zeros((1, 1, 2, 0))
-    kernels_cpu.sample_backward(
-        grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad), to_points, none, True, False
-    )
+    given = grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad)
+    kernels_cpu.sample_backward(*given, to_points, none, True, False)
     assert (to_points != 7).all()
     untouched, buffers = np.full((1, 3, 50), 7.0), np.zeros((1, 1, 2, np.prod(SHAPE)))
     kernels_cpu.sample_backward(*given, untouched, buffers, False, True)

@@ -18,8 +18,8 @@ ORDER = [
     *("kernels_cpu", "grid", "kernels_gpu", "affine", "warp", "losses", "augment", "metrics"),
     *("volume", "dicom", "phantom", "files", "prepare", "store"),
     *("networks", "autoencoder", "atlas", "checkpoint"),
-    *("distributed", "loop", "objective", "pretrain", "finetune", "regseg"),
-    *("locate", "dense", "outputs", "library", "assess", "refine", "cascade", "evaluate", "report", "demo"),
+    *("distributed", "loop", "objective", "fitting", "pretrain", "finetune", "regseg"),
+    *("locate", "refine", "dense", "outputs", "library", "assess", "cascade", "evaluate", "report", "demo"),
     *("cli", "__main__"),
 ]
 EXAMS = {"volume", "dicom", "phantom", "files", "prepare", "store"}

@@ -47,6 +47,7 @@ NamesOption = Annotated[Path, typer.Option("--names", help='JSON, structure to n
 ListOption = Annotated[str | None, typer.Option("--structures", help="Only these, separated by commas.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 DeviceOption = Annotated[str, typer.Option("--device", help='Where the network runs: "cpu", "cuda".')]
+RefineOption = Annotated[bool, typer.Option("--refine", help="Fit each map to its exam first: better, seconds each.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -143,6 +144,7 @@ def define(
     exclude: Annotated[
         Path | None, typer.Option(help='JSON of label faults to leave out: {"larynx": ["pt_206"]}.')
     ] = None,
+    refined: RefineOption = False,
 ) -> None:
     """Store structures in a model's library, from one labelled exam or from several.
 
@@ -159,7 +161,9 @@ def define(
     faults = _read_json(exclude, dict) if exclude else None
     base = checkpoint.load(folder)
     with _counting("Reading") as count:
-        made = define_files(base, inputs, labels, table, required=structures is not None, exclude=faults, on_done=count)
+        made = define_files(
+            base, inputs, labels, table, required=structures is not None, exclude=faults, refined=refined, on_done=count
+        )
     if output is None:
         checkpoint.save_structures(made.model, target)
     else:
@@ -225,6 +229,7 @@ def locate(
     inputs: ExamsOption,
     output: OutOption,
     structures: ListOption = None,
+    refined: RefineOption = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -233,7 +238,9 @@ def locate(
     Writes `<exam>_seg.nii.gz` and `<exam>.json`; what failed stands in `failed.json`.
     """
     from deepatlas import checkpoint, files, outputs
+    from deepatlas.locate import embed as embed_exam
     from deepatlas.locate import locate as find
+    from deepatlas.refine import refine
 
     paths = files.find_exams(inputs)
     loaded = _load(checkpoint.find(model), device)
@@ -246,7 +253,8 @@ def locate(
 
     def work(path: Path) -> None:
         exam = files.read_exam(path)
-        found = find(loaded, exam, wanted)
+        embedded = embed_exam(loaded, exam)
+        found = find(loaded, exam, wanted, refine(loaded, embedded) if refined else embedded)
         outputs.write_answer(output, exam, found, loaded)
         lines.extend(_answer_lines(exam.name, found, alone=len(paths) == 1))
         lines.extend(f"{exam.name}: mended: {repair}" for repair in exam.repairs)

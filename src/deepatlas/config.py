@@ -81,6 +81,30 @@ class LevelStage:
 
 
 @dataclass(frozen=True)
+class Fitting:
+    """Fitting a smooth residual to single exams; ours, see `deepatlas.fitting`."""
+
+    steps: int = 40
+    rate: float = 0.006
+    """Adam's rate, in atlas units."""
+    nodes: int = 12
+    """Nodes of the residual along each axis."""
+    size: int = 48
+    """Nodes of the grid on which images are compared."""
+
+
+@dataclass(frozen=True)
+class ConsolidationStage:
+    """Maps are fitted to every training exam, then the network learns to predict them from augmented exams. Ours."""
+
+    fitting: Fitting = field(default_factory=Fitting)
+    steps: int = 1_000
+    rate: float = 0.002
+    bend: float = 0.06
+    """Amplitude of a random smooth deformation of exam and target, in box units."""
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """§5.5.2; cuts and tone are ours, and touch only what the network sees, never what the loss compares."""
 
@@ -105,6 +129,8 @@ class Preset:
     warm: WarmStage = field(default_factory=WarmStage)
     levels: tuple[LevelStage, ...] = ()
     """Coarsest first; fewer than the network has resolutions: the finer ones stay unused."""
+    consolidation: tuple[ConsolidationStage, ...] = ()
+    """Rounds after the levels, on the finest resolution; none in the paper."""
     batch: int = 64
     atlas_size: int = 128
     """Nodes along each axis of X; §5.1.2: double the resolution of the data."""
@@ -129,8 +155,10 @@ CPU = Preset(
     levels=(
         LevelStage(steps=300, rate=0.004, warm_up=40, loss_size=32),
         LevelStage(steps=600, rate=0.003, warm_up=40, loss_size=32),
-        LevelStage(steps=800, rate=0.002, warm_up=40, loss_size=48),
-        LevelStage(steps=500, rate=0.0014, warm_up=40, loss_size=48),
+    ),
+    consolidation=(
+        ConsolidationStage(Fitting(steps=30, rate=0.008), steps=1200, rate=0.002),
+        ConsolidationStage(Fitting(steps=20, rate=0.006), steps=1200, rate=0.0015),
     ),
     batch=8,
     atlas_size=64,

@@ -12,6 +12,7 @@ from deepatlas.checkpoint import Model
 from deepatlas.errors import DeepAtlasError, LabelError, StructureError
 from deepatlas.locate import Embedded, define, embed
 from deepatlas.outputs import reason
+from deepatlas.refine import refine
 from deepatlas.volume import Volume
 
 
@@ -33,6 +34,7 @@ def define_files(
     names: dict[str, int],
     required: bool = False,
     exclude: dict[str, list[str]] | None = None,
+    refined: bool = False,
     on_done: Callable[[int, int, str], None] | None = None,
 ) -> Defined:
     """Store structures from labelled exams on disk, see `deepatlas.locate.define`.
@@ -42,6 +44,7 @@ def define_files(
             its name and `_seg`. Exams without a label map take no part.
         required: refuse where a structure is not drawn in any exam, instead of leaving it out.
         exclude: for each structure, the exams whose label is known to be wrong; there it counts as not drawn.
+        refined: fit each exam's map first, see `deepatlas.refine`.
         on_done: called after each exam as `on_done(done, total, name)`.
 
     Raises:
@@ -72,7 +75,8 @@ def define_files(
                 try:
                     exam = files.read_exam(exam_path)
                     files.check_same_grid(read[exam_path], exam, label_path.name)
-                    maps.append(embed(model, exam))
+                    embedded = embed(model, exam)
+                    maps.append(refine(model, embedded) if refined else embedded)
                     yield exam, read[exam_path]
                 except (DeepAtlasError, MemoryError) as error:
                     _note(failed, pairs, error, exam_path, label_path)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,11 @@ from deepatlas import augment, checkpoint, grid
 from deepatlas.atlas import Structure
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
-from deepatlas.config import Augmentation, Preset
+from deepatlas.config import Augmentation, ConsolidationStage, Preset
 from deepatlas.errors import CohortError, ModelError
+from deepatlas.fitting import fit
 from deepatlas.networks import CoordinateNetwork
-from deepatlas.objective import Atlas, Exams, objective
+from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, objective
 from deepatlas.prepare import fixed_extent_mm, window
 from deepatlas.store import Cohort
 
@@ -34,6 +36,8 @@ LOG = logging.getLogger(__name__)
 LOG_EVERY = 20
 CONVERGED_ALARM = 0.6
 NOT_FINITE_IN_A_ROW = 10
+ATLAS_STEPS, ATLAS_RATE = 5, 0.002
+"""Steps of the atlas for every batch of exams that maps were fitted to."""
 
 
 class Progress(NamedTuple):
@@ -157,6 +161,10 @@ class _Run:
         self.from_model = False
         self.crops = fixed_extent_mm(data.region) is None  # else every exam is shown at the scale of the seed
         self.failures = 0
+        finest = (preset.network.sizes[0],) * 3
+        fitted = len(data.names) if preset.consolidation else 0
+        self.targets = torch.zeros(fitted, 3, *finest, device=device)
+        """Maps fitted to the exams, on the finest level's grid; filled by the first fitting."""
 
     @classmethod
     def begin(cls, data: Cohorted, preset: Preset, seed_exam: str | None, base: Model | None, device: str) -> "_Run":
@@ -191,12 +199,18 @@ class _Run:
             (f"level {preset.network.sizes[coarsest - n]}³", stage.steps, self._level_step)
             for n, stage in enumerate(preset.levels)
         ]
+        batches = -(-len(self.data.names) // preset.batch)
+        rounds = []
+        for number, stage in enumerate(preset.consolidation):
+            rounds.append((f"fitting {number + 1}", batches, partial(self._fitting_step, stage)))
+            rounds.append((f"consolidation {number + 1}", stage.steps, partial(self._consolidation_step, stage)))
         if self.from_model:
-            return levels[-1:]
+            return rounds or levels[-1:]
         return [
             ("autoencoder", preset.autoencoder.steps, self._autoencoder_step),
             ("warm start", preset.warm.steps, self._warm_step),
             *levels,
+            *rounds,
         ]
 
     def enter(self, number: int) -> None:
@@ -210,7 +224,53 @@ class _Run:
             before, self.level = self.level, self._level_of(number)
             if before != self.level:
                 LOG.info("%s begins %.3f voxels from the level above", name, self._jump(before, self.level))
+        if name.startswith("fitting"):
+            trained = [self.atlas]
+        if name.startswith("consolidation"):
+            self.level = 0
         self.optimiser = torch.optim.Adam(trained, lr=1e-3, betas=(0.9, 0.99))
+
+    def _fitting_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
+        """Fit maps to the next few exams, keep them as what the network is to learn, and sharpen the atlas by them."""
+        exams = list(range(len(self.data.names)))[step * self.preset.batch : (step + 1) * self.preset.batch]
+        shape = (stage.fitting.size,) * 3
+        with torch.no_grad():
+            start = grid.resize(self.network(self.data.image[exams], self.level), shape)
+        views = Exams(
+            image=grid.shrink(self.data.image[exams], shape),
+            foreground=grid.resize(self.data.foreground[exams].float(), shape) > 0.5,
+            mm_per_box=self.data.box_to_mm[exams, :3, :3].float().to(self.device),
+        )
+        weights, mm_per_atlas = self.preset.weights, self._mm_per_atlas()
+        atlas = Atlas(self.atlas.detach(), mm_per_atlas)
+        found = fit(start, views, atlas, self.autoencoder, weights, stage.fitting)
+        fitted = start + grid.resize(found.residual, shape)
+        target = autoencoder_features(self.autoencoder, views.image, views.mm_per_box)
+        for _ in range(ATLAS_STEPS):
+            atlas = Atlas(self.atlas, mm_per_atlas)
+            terms = explicit_terms(fitted, views, atlas, self.autoencoder, target, weights.window)
+            loss = (weights.explicit * terms.similarity + weights.edges * terms.edges).mean()
+            self._descend(loss, self.network, ATLAS_RATE)
+        finest = (self.preset.network.sizes[0],) * 3
+        self.targets[exams] = grid.resize(fitted, finest).clamp(-0.999, 0.999)
+        return {"loss": float(found.after.mean()), "explicit": float(found.before.mean())}
+
+    def _consolidation_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
+        """The fitted maps, bent and turned with the exams, as targets of the finest level."""
+        exams = _batch(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)
+        view = self._view(exams, self._chance(number, step), bend=stage.bend)
+        shape = tuple(self.targets.shape[2:])
+        truth = grid.sample(self.targets[exams], grid.resize(view.places_box, shape))
+        weight = grid.resize(view.foreground.float(), shape)
+        gap_mm = torch.einsum("bac,bcijk->baijk", self._mm_per_atlas(), self.network(view.seen, 0) - truth)
+        distance = (gap_mm.square().sum(dim=1, keepdim=True) + 1.0).sqrt()  # robust: a fitted map can be wrong
+        error = (distance * weight).sum() / weight.sum().clamp_min(1)
+        rate = stage.rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / stage.steps)
+        norm = self._descend(0.05 * error, self.network, rate)
+        return {"loss": float(error.detach()), "rms_mm": float(error.detach()), "gradient": norm}
+
+    def _mm_per_atlas(self) -> Tensor:
+        return (self.seed_box_to_mm[:3, :3] / MARGIN).float().to(self.device)[None]
 
     def _level_of(self, number: int) -> int:
         return self.level if self.from_model else self.network.coarsest - (number - 2)
@@ -254,11 +314,10 @@ class _Run:
         c_atlas = grid.resize(self.network(view.seen, self.level), shape)
         clock.append(time.perf_counter())
         foreground = grid.resize(view.foreground.float(), shape) > 0.5
-        mm_per_atlas = (self.seed_box_to_mm[:3, :3] / MARGIN).float().to(self.device)[None]
         terms = objective(
             c_atlas,
             Exams(grid.shrink(view.image, shape), foreground, view.mm_per_box),
-            Atlas(self.atlas, mm_per_atlas),
+            Atlas(self.atlas, self._mm_per_atlas()),
             self.autoencoder,
             self.preset.weights,
         )
@@ -342,6 +401,7 @@ class _Run:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"autoencoder.{k}": v for k, v in self.autoencoder.state_dict().items()}
         tensors["atlas"] = self.atlas.detach()
+        tensors["targets"] = self.targets
         for index, values in (self.optimiser.state_dict()["state"] if self.optimiser else {}).items():
             tensors |= {f"adam.{index}.{k}": v for k, v in values.items()}
         return tensors
@@ -383,6 +443,7 @@ class _Run:
         self.network.load_state_dict(checkpoint.under(tensors, "network."))
         self.autoencoder.load_state_dict(checkpoint.under(tensors, "autoencoder."))
         self.atlas.data.copy_(tensors["atlas"])
+        self.targets.copy_(tensors["targets"])
         return stage, step
 
 

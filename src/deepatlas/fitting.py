@@ -1,0 +1,60 @@
+"""Fitting maps to exams one by one: a smooth residual on the network's map, against the explicit objective.
+
+Not in the paper. The network predicts a map in one pass and leaves some of the objective on the table; a few dozen
+steps on the exam itself take it. `pretrain` teaches the network what was found so (consolidation), `refine` uses it on
+one exam at test time.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepatlas import grid
+from deepatlas.autoencoder import Autoencoder
+from deepatlas.config import Fitting, Weights
+from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms
+from deepatlas.shapes import Coordinates
+
+
+class Fitted(NamedTuple):
+    """The residuals found, and the loss of every exam before and after."""
+
+    residual: Coordinates
+    """(batch, 3, nodes, nodes, nodes), atlas units, to be added to the map after `grid.resize`."""
+    before: Tensor
+    after: Tensor
+
+
+def fit(
+    c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Autoencoder, weights: Weights, how: Fitting
+) -> Fitted:
+    """The residual per exam that brings its explicit loss down most, of those seen in ``how.steps`` steps of Adam.
+
+    Args:
+        c_atlas: maps to start from, on the exams' grid.
+        exams: images on the grid they are compared on.
+
+    Source: ours, on §5.1.2 (eq. 3).
+    """
+    start = c_atlas.detach()
+    target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
+    residual = torch.zeros(len(start), 3, *(how.nodes,) * 3, device=start.device, requires_grad=True)
+    optimiser = torch.optim.Adam([residual], lr=how.rate)
+    best, before = residual.detach().clone(), None
+    lowest = torch.full((len(start),), torch.inf, device=start.device)
+    for step in range(how.steps + 1):
+        moved = start + grid.resize(residual, tuple(start.shape[2:]))
+        terms = explicit_terms(moved, exams, atlas, autoencoder, target, weights.window)
+        loss = (
+            weights.explicit * terms.similarity + weights.edges * terms.edges + weights.smooth_explicit * terms.smooth
+        )
+        better = loss.detach() < lowest
+        lowest = torch.where(better, loss.detach(), lowest)
+        best = torch.where(better.view(-1, 1, 1, 1, 1), residual.detach(), best)
+        before = loss.detach() if before is None else before
+        if step < how.steps:
+            optimiser.zero_grad()
+            loss.sum().backward()
+            optimiser.step()
+    return Fitted(best, before, lowest)

@@ -1,0 +1,58 @@
+"""A map that is off is brought back by the image alone, and one that fits is not made worse."""
+
+import pytest
+import torch
+
+from deepatlas import grid
+from deepatlas.autoencoder import Autoencoder
+from deepatlas.config import Fitting, Weights
+from deepatlas.fitting import fit
+from deepatlas.objective import Atlas, Exams
+
+SIZE = 20
+HOW = Fitting(steps=30, rate=0.01, nodes=5, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A textured atlas, and an exam that is the atlas itself: its true map is the identity."""
+    chance = torch.Generator().manual_seed(3)
+    coarse = torch.rand(1, 1, 8, 8, 8, generator=chance)
+    image = grid.resize(coarse, (SIZE,) * 3)
+    torch.manual_seed(0)
+    autoencoder = Autoencoder().requires_grad_(False)
+    mm = torch.eye(3)[None] * 100
+    exam = Exams(image, torch.ones_like(image, dtype=torch.bool), mm)
+    return exam, Atlas(image, mm), autoencoder
+
+
+def test_a_displaced_map_is_brought_back(scene):
+    exam, atlas, autoencoder = scene
+    truth = grid.identity((SIZE,) * 3)
+    start = (truth + torch.tensor([0.08, -0.06, 0.05]).view(1, 3, 1, 1, 1)).clamp(-1, 1)
+    found = fit(start, exam, atlas, autoencoder, Weights(window=8), HOW)
+    moved = start + grid.resize(found.residual, (SIZE,) * 3)
+    inner = (slice(None), slice(None), *(slice(4, -4),) * 3)
+    before = (start - truth)[inner].norm(dim=1).mean()
+    after = (moved - truth)[inner].norm(dim=1).mean()
+    assert after < 0.4 * before
+    assert (found.after < found.before).all()
+
+
+def test_a_perfect_map_is_left_alone(scene):
+    exam, atlas, autoencoder = scene
+    truth = grid.identity((SIZE,) * 3)
+    found = fit(truth, exam, atlas, autoencoder, Weights(window=8), HOW)
+    assert (found.after <= found.before).all()
+    assert found.residual.abs().max() < 0.02
+
+
+def test_every_exam_of_a_batch_keeps_its_own_best(scene):
+    exam, atlas, autoencoder = scene
+    truth = grid.identity((SIZE,) * 3)
+    start = torch.cat([truth, (truth + 0.07).clamp(-1, 1)])
+    both = Exams(*(part.expand(2, *part.shape[1:]) for part in exam))
+    found = fit(start, both, atlas, autoencoder, Weights(window=8), HOW)
+    alone = fit(start[1:], exam, atlas, autoencoder, Weights(window=8), HOW)
+    assert torch.allclose(found.residual[1], alone.residual[0], atol=2e-3)
+    assert found.residual[0].abs().max() < 0.02

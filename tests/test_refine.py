@@ -1,0 +1,45 @@
+"""Refinement bends the map of one exam towards the atlas and touches nothing else."""
+
+import numpy as np
+import torch
+
+from deepatlas import grid
+from deepatlas.autoencoder import Autoencoder
+from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.config import Fitting, NetworkConfig, Weights
+from deepatlas.locate import Embedded
+from deepatlas.networks import CoordinateNetwork
+from deepatlas.prepare import Prepared
+from deepatlas.refine import refine
+
+SIZE = 20
+
+
+def test_a_map_that_is_off_comes_closer_to_the_truth():
+    chance = torch.Generator().manual_seed(5)
+    texture = grid.resize(torch.rand(1, 1, 8, 8, 8, generator=chance), (SIZE,) * 3)
+    torch.manual_seed(0)
+    box_to_mm = np.diag([100.0, 100.0, 100.0, 1.0])
+    model = Model(
+        network=CoordinateNetwork(NetworkConfig(size=16, widths=(8, 8), head_channels=8)),
+        autoencoder=Autoencoder().requires_grad_(False),
+        atlas=texture,
+        seed_box_to_mm=torch.from_numpy(box_to_mm),
+        region="body",
+        level=0,
+        seed_exam="seed",
+        structures={},
+    )
+    # the exam shows the inner part of the atlas: its true map is MARGIN times its place in the box
+    truth = MARGIN * grid.identity((SIZE,) * 3)
+    hu = (grid.sample(texture, truth)[0, 0] * 512 - 256).numpy()
+    exam = Prepared(hu, np.ones((SIZE,) * 3, dtype=bool), box_to_mm)
+    start = Embedded(exam, truth + torch.tensor([0.06, -0.07, 0.05]).view(1, 3, 1, 1, 1))
+    how = Fitting(steps=30, rate=0.01, nodes=5, size=SIZE)
+    better = refine(model, start, how, Weights(window=8))
+    inner = (slice(None), slice(None), *(slice(4, -4),) * 3)
+    before = (start.c_atlas - truth)[inner].norm(dim=1).mean()
+    after = (better.c_atlas - truth)[inner].norm(dim=1).mean()
+    assert after < 0.4 * before
+    assert better.prepared is exam
+    assert better.c_atlas.abs().max() <= 1
