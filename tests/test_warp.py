@@ -241,13 +241,13 @@ def test_one_moving_map_serves_a_batch_and_other_batches_are_refused():
 def test_the_gradient_is_that_of_finite_differences(kernel, monkeypatch):
     if not kernel:
         monkeypatch.setattr(grid, "has_kernel", lambda *_: False)
-    where = grid.identity((4, 3, 5), torch.float64)
+    where = grid.identity((3, 3, 4), torch.float64)
     c_p = torch.cat([coordinates(where, 0.06, 0.9), coordinates(where, 0.03, 0.7)]).requires_grad_()
-    inside = torch.rand(2, 3, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.2 - 0.6
+    inside = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.2 - 0.6
     c_q = grid.sample(c_p.detach(), inside).requires_grad_()
 
     def solve(c_p, c_q):
-        return warp.implicit(c_p, c_q, steps=30, tolerance=1e-13).phi_box
+        return warp.implicit(c_p, c_q, steps=12, tolerance=1e-13).phi_box
 
     torch.testing.assert_close(solve(c_p, c_q), inside, atol=1e-9, rtol=0)
     assert gradcheck(solve, (c_p, c_q), eps=1e-6, atol=1e-6)

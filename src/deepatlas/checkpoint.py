@@ -134,16 +134,19 @@ def load(folder: Path) -> Model:
     """
     about = describe(folder)
     try:
-        network = CoordinateNetwork(_network_config(about["network"]))
-        autoencoder = Autoencoder()
+        with torch.device("meta"):  # shapes alone: nothing is allocated before the files were held against them
+            network = CoordinateNetwork(_network_config(about["network"]))
+            autoencoder = Autoencoder()
         size = int(about["atlas_size"])
         shapes = {f"network.{k}": tuple(v.shape) for k, v in network.state_dict().items()}
         shapes |= {f"autoencoder.{k}": tuple(v.shape) for k, v in autoencoder.state_dict().items()}
         shapes["atlas"] = (1, 1, size, size, size)
         tensors = read_tensors(folder / "weights.safetensors", shapes, {"F16", "F32"})
         tensors = {k: v.float() for k, v in tensors.items()}
-        network.load_state_dict(under(tensors, "network."))
-        autoencoder.load_state_dict(under(tensors, "autoencoder."))
+        network.load_state_dict(under(tensors, "network."), assign=True)
+        autoencoder.load_state_dict(under(tensors, "autoencoder."), assign=True)
+        if not 0 <= int(about["level"]) <= network.coarsest:
+            raise ValueError(f"level {about['level']} of a network of {network.coarsest + 1}")
         structures = _load_structures(folder, about["structures"])
         model = Model(
             network=network.eval().requires_grad_(False),
@@ -275,7 +278,10 @@ def _header(path: Path) -> dict:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(LARGEST_HEADER, path.stat().st_size):
                 raise ModelError(f"{path} is damaged: its header claims {length} bytes; copy the model again.")
-            return json.loads(file.read(length))
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+                raise ValueError("no table of tensors")
+            return header
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; copy the whole model folder.") from None
     except (OSError, ValueError, struct.error) as error:

@@ -220,6 +220,22 @@ def remove_structures(
     typer.echo(f"Removed {', '.join(names)}.")
 
 
+@app.command()
+def export(
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Copy a model for shipping: weights in half precision, the library, no state of the training."""
+    from deepatlas import checkpoint, outputs
+
+    loaded = checkpoint.load(checkpoint.find(model))
+    outputs.claim([output / "model.json"], overwrite)
+    checkpoint.save(loaded, output, half=True)
+    size = sum(path.stat().st_size for path in output.glob("*") if path.is_file())
+    typer.echo(f"{output}: {size / 1e6:.1f} MB.")
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 

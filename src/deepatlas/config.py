@@ -169,18 +169,21 @@ CPU = Preset(
 
 DEMO = Preset(
     name="demo",
-    network=NetworkConfig(widths=(8, 16, 32, 64), head_channels=16, stem_stride=2),
+    network=NetworkConfig(widths=(12, 24, 48, 64), head_channels=16, stem_stride=2, groups=4),
     autoencoder=AutoencoderStage(steps=100, batch=8, rate=0.005),
-    warm=WarmStage(steps=500, batch=8, rate=0.004),
+    warm=WarmStage(steps=400, batch=8, rate=0.004),
     levels=(
-        LevelStage(steps=150, rate=0.004, warm_up=20, loss_size=32),
-        LevelStage(steps=200, rate=0.003, warm_up=20, loss_size=32),
-        LevelStage(steps=250, rate=0.002, warm_up=20, loss_size=32),
+        LevelStage(steps=100, rate=0.004, warm_up=20, loss_size=32),
+        LevelStage(steps=140, rate=0.003, warm_up=20, loss_size=32),
+    ),
+    consolidation=(
+        ConsolidationStage(Fitting(steps=40, rate=0.008, size=32), steps=350, rate=0.002),
+        ConsolidationStage(Fitting(steps=40, rate=0.006, size=32), steps=350, rate=0.0015),
     ),
     batch=8,
     atlas_size=64,
     decay=0.9,
-    augmentation=Augmentation(scale=0.2, rotation=0.2, translation=0.15),
+    augmentation=Augmentation(scale=0.15, rotation=0.15, translation=0.1),
 )
 """The embedded default: minutes on two CPU cores, for the phantoms."""
 

@@ -228,6 +228,7 @@ class _Run:
             trained = [self.atlas]
         if name.startswith("consolidation"):
             self.level = 0
+        self.network.zero_grad()  # a stage that leaves the network alone must not judge it by its last gradient
         self.optimiser = torch.optim.Adam(trained, lr=1e-3, betas=(0.9, 0.99))
 
     def _fitting_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
@@ -452,9 +453,16 @@ class _Reporter:
 
     def __init__(self, stages, first: tuple[int, int], on_progress, write_row) -> None:
         self.before = [sum(s[1] for s in stages[:n]) for n in range(len(stages) + 1)]
+        self.costs = [next(cost for kind, cost in COSTS.items() if name.startswith(kind)) for name, _, _ in stages]
+        self.steps = [s[1] for s in stages]
         self.on_progress, self.write_row = on_progress, write_row
         self.sums: list[dict[str, float]] = []
-        self.began, self.start = time.monotonic(), self.before[first[0]] + first[1]
+        self.began, self.start = time.monotonic(), self._cost(*first)
+
+    def _cost(self, number: int, step: int) -> float:
+        """What has been spent when a stage has come to a step, in steps of the autoencoder."""
+        before = sum(cost * steps for cost, steps in zip(self.costs[:number], self.steps[:number], strict=True))
+        return before + (self.costs[number] * step if step else 0.0)
 
     def step(self, number: int, step: int, name: str, steps: int, terms: dict[str, float]) -> None:
         self.sums.append(terms)
@@ -464,7 +472,8 @@ class _Reporter:
         self.sums = []
         done, total = self.before[number] + step + 1, self.before[-1]
         spent = time.monotonic() - self.began
-        left = spent / max(done - self.start, 1) * (total - done)
+        worked = self._cost(number, step + 1)
+        left = spent / max(worked - self.start, 1e-6) * (self._cost(len(self.steps), 0) - worked)
         self.write_row({"stage": name, "step": step + 1, "seconds": round(spent, 1)} | means)
         if means.get("converged", 1.0) < CONVERGED_ALARM:
             LOG.warning(
@@ -473,6 +482,9 @@ class _Reporter:
         if self.on_progress:
             self.on_progress(Progress(name, step + 1, steps, done, total, means, left))
 
+
+COSTS = {"autoencoder": 1.0, "warm start": 0.5, "level": 1.5, "fitting": 40.0, "consolidation": 1.0}
+"""Rough cost of a step of each kind of stage, to tell the time that is left."""
 
 LOG_COLUMNS = (
     *("stage", "step", "seconds", "loss", "rms_mm", "explicit", "implicit", "edges", "smooth_explicit"),

@@ -1,0 +1,302 @@
+"""Structures defined on one exam are found at the right mm in others, turned, anisotropic, cropped, stored anyhow.
+
+The map is exact here: every exam gets the coordinates of one known frame. What is tested is all that stands around
+the network.
+"""
+
+import sys
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deepatlas import grid
+from deepatlas.autoencoder import Autoencoder
+from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.config import NetworkConfig
+from deepatlas.errors import ExamError, StructureError
+from deepatlas.locate import ABSENT, PRESENT, Embedded, Found, define, locate
+from deepatlas.prepare import prepare
+from deepatlas.volume import Volume, apply, reorder
+
+FRAME = np.array([[130.0, 0, 0, 10], [0, 110, 0, -20], [0, 0, 160, 30], [0, 0, 0, 1]])
+"""Box → mm of the seed exam: the atlas."""
+CENTRE, RADIUS = np.array([35.0, 10.0, 50.0]), 28.0
+OTHER = np.array([-30.0, -35.0, 10.0])
+
+
+class Exact(nn.Module):
+    """In the place of a network; `exact` says what it would answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = NetworkConfig(size=24)
+        self.offset = nn.Parameter(torch.zeros(3))
+
+    def forward(self, image, level=0):
+        raise AssertionError("the map is known")
+
+
+def exact(model: Model, exam: Volume, region: str = "exam") -> Embedded:
+    """An exam with its true coordinates."""
+    prepared = prepare(exam, model.size, region)
+    to_atlas = np.diag([MARGIN] * 3 + [1.0]) @ np.linalg.inv(FRAME) @ prepared.box_to_mm
+    where = grid.identity((model.size,) * 3, torch.float64)[0].flatten(1).T.numpy()
+    c = apply(to_atlas, where).T.reshape(1, 3, *(model.size,) * 3)
+    return Embedded(prepared, torch.from_numpy(c).float())
+
+
+@pytest.fixture
+def model(monkeypatch) -> Model:
+    """A model that knows no structure yet; `embed` gives the true map."""
+    monkeypatch.setattr(sys.modules["deepatlas.locate"], "embed", exact)
+    torch.manual_seed(0)
+    return Model(
+        network=Exact(),
+        autoencoder=Autoencoder().requires_grad_(False),
+        atlas=torch.rand(1, 1, 12, 12, 12),
+        seed_box_to_mm=torch.from_numpy(FRAME),
+        region="exam",
+        level=0,
+        seed_exam="seed",
+        structures={},
+    )
+
+
+def rotated(degrees: tuple[float, float, float]) -> np.ndarray:
+    """A rotation about the three axes."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(np.radians(degrees)):
+        i, j = [a for a in range(3) if a != axis]
+        turn = np.eye(3)
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    return matrix
+
+
+def scan(spacing, degrees=(0.0, 0.0, 0.0), low=(-110, -120, -110), high=(130, 80, 170)) -> tuple[Volume, np.ndarray]:
+    """An exam of a body of two parts around a field of view, and the mm of its voxels."""
+    turn, extent = rotated(degrees), np.array(high) - low
+    shape = np.ceil(extent / np.array(spacing)).astype(int) + 1
+    affine = np.eye(4)
+    affine[:3, :3] = turn * spacing
+    middle = (np.array(low) + high) / 2
+    affine[:3, 3] = middle - affine[:3, :3] @ ((shape - 1) / 2)
+    places = apply(affine, np.moveaxis(np.indices(shape), 0, -1))
+    inside = (((places - FRAME[:3, 3]) / [105, 85, 150]) ** 2).sum(axis=-1) < 1
+    texture = 40 * np.sin(places / 9).sum(axis=-1)
+    return Volume(np.where(inside, texture, -1000).astype(np.int16), affine), places
+
+
+def balls(places: np.ndarray, *centres: np.ndarray, radius: float = RADIUS) -> np.ndarray:
+    """A label map with ball n + 1 around centre n; later ones cover earlier ones."""
+    labels = np.zeros(places.shape[:3], np.uint8)
+    for number, centre in enumerate(centres, start=1):
+        labels[((places - centre) ** 2).sum(axis=-1) < radius**2] = number
+    return labels
+
+
+def defined(model: Model, names: dict[str, int] | None = None, **how) -> Model:
+    """The model after one labelled exam."""
+    exam, places = scan(**({"spacing": (4.0, 3.0, 5.0), "degrees": (5, -8, 12)} | how))
+    return define(model, [(exam, Volume(balls(places, CENTRE, OTHER), exam.affine))], names or {"ball": 1})
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Overlap of two masks."""
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def check(found: Found, exam: Volume, truth: np.ndarray, least: float = 0.9) -> None:
+    """A ball that is wholly there, found where it is."""
+    assert found.status == "present"
+    assert found.coverage >= PRESENT
+    assert found.mask.shape == exam.shape
+    assert found.mask.dtype == bool
+    assert dice(found.mask, truth) > least
+    np.testing.assert_allclose(found.centroid_mm, CENTRE, atol=1.0)
+    assert found.volume_ml == pytest.approx(4 / 3 * np.pi * RADIUS**3 / 1000, rel=0.08)
+    low, high = np.array(found.box_mm)
+    room = exam.spacing_mm.max() + 2.5
+    np.testing.assert_allclose(low, CENTRE - RADIUS, atol=room)
+    np.testing.assert_allclose(high, CENTRE + RADIUS, atol=room)
+    assert 0 <= found.confidence <= 1
+
+
+@pytest.mark.parametrize(("degrees", "spacing"), [((0, 0, 0), (3, 3, 3)), ((20, -15, 30), (2.5, 4, 6))])
+def test_a_structure_of_one_exam_is_found_in_a_turned_anisotropic_one(model, degrees, spacing):
+    exam, places = scan(spacing, degrees)
+    found = locate(defined(model), exam)
+    assert list(found) == ["ball"]
+    assert (found["ball"].name, found["ball"].label) == ("ball", 1)
+    check(found["ball"], exam, balls(places, CENTRE) == 1)
+
+
+def test_the_way_an_exam_is_stored_does_not_matter(model):
+    ready = defined(model)
+    exam, places = scan((5, 4, 6), (10, 5, -20))
+    truth = balls(places, CENTRE) == 1
+    plain = locate(ready, exam)["ball"]
+    for number, order in enumerate(permutations(range(3))):
+        flips = tuple(bool(number >> bit & 1) for bit in range(3))
+        stored = reorder(exam, order, flips)
+        found = locate(ready, stored)["ball"]
+        check(found, stored, reorder(Volume(truth, exam.affine), order, flips).array)
+        assert dice(found.mask, reorder(Volume(plain.mask, exam.affine), order, flips).array) > 0.999
+        np.testing.assert_allclose(found.centroid_mm, plain.centroid_mm, atol=0.05)
+        np.testing.assert_allclose(found.box_mm, plain.box_mm, atol=1e-6)
+
+
+def test_a_sheared_left_handed_exam(model):
+    exam, places = scan((4, 4, 4))
+    skew = exam.affine.copy()
+    skew[:3, :3] = np.array([[-4.0, 0.4, 0.0], [0.0, 4.0, 0.8], [0.3, 0.0, 4.5]])
+    middle = (np.array(exam.shape) - 1) / 2
+    skew[:3, 3] = exam.affine[:3, :3] @ middle + exam.affine[:3, 3] - skew[:3, :3] @ middle
+    places = apply(skew, np.moveaxis(np.indices(exam.shape), 0, -1))
+    inside = (((places - FRAME[:3, 3]) / [105, 85, 150]) ** 2).sum(axis=-1) < 1
+    sheared = Volume(np.where(inside, 30, -1000).astype(np.int16), skew)
+    check(locate(defined(model), sheared)["ball"], sheared, balls(places, CENTRE) == 1)
+
+
+def test_an_exam_prepared_by_its_body_gives_the_same(model):
+    exam, places = scan((3, 4, 5), (0, 10, 0), low=(-200, -190, -200), high=(220, 150, 260))
+    ready = defined(model)
+    found = locate(ready, exam, embedded=exact(ready, exam, "body"))["ball"]
+    check(found, exam, balls(places, CENTRE) == 1)
+
+
+def test_beyond_the_prepared_box_nothing_is_claimed(model):
+    exam, places = scan((4, 3, 5), (0, 0, 15))
+    ready = defined(model)
+    seen = exact(ready, exam, "90mm")
+    found = locate(ready, exam, embedded=seen)["ball"]
+    beyond = np.abs(apply(np.linalg.inv(seen.prepared.box_to_mm), places)).max(axis=-1) > 1 + 2.1 / 23
+    truth = balls(places, CENTRE) == 1
+    assert (truth & beyond).sum() > 100
+    assert not (found.mask & beyond).any()
+    assert found.status == "cut_off"
+    assert found.coverage == pytest.approx((truth & ~beyond).sum() / truth.sum(), abs=0.1)
+
+
+def test_a_field_of_view_without_the_structure_says_so_and_has_no_mask(model):
+    exam, _ = scan((4, 4, 4), (5, 5, 5), high=(130, 80, CENTRE[2] - RADIUS - 15))
+    found = locate(defined(model), exam)["ball"]
+    assert (found.status, found.mask) == ("absent", None)
+    assert found.coverage < ABSENT
+    for nothing in (found.confidence, found.volume_ml, found.centroid_mm, found.box_mm):
+        assert nothing is None
+
+
+def test_half_in_view_is_cut_off_with_half_the_coverage(model):
+    exam, places = scan((4, 4, 4), high=(130, 80, CENTRE[2]))
+    found = locate(defined(model), exam)["ball"]
+    truth = balls(places, CENTRE) == 1
+    assert found.status == "cut_off"
+    assert found.coverage == pytest.approx(0.5, abs=0.12)
+    assert dice(found.mask, truth) > 0.85
+    assert found.volume_ml == pytest.approx(truth.sum() * 0.064, rel=0.2)
+    assert found.box_mm[1][2] <= CENTRE[2] + 4
+    assert found.centroid_mm[2] < CENTRE[2]
+
+
+def test_what_lies_in_air_is_not_found_there(model):
+    exam, _ = scan((4, 4, 4))
+    array = exam.array.copy()
+    places = apply(exam.affine, np.moveaxis(np.indices(exam.shape), 0, -1))
+    array[places[..., 2] > CENTRE[2] - RADIUS - 20] = -1000  # in view, but the patient ends before
+    found = locate(defined(model), Volume(array, exam.affine))["ball"]
+    assert found.status == "absent"
+    assert found.mask is None
+
+
+def test_several_exams_make_one_structure_and_undrawn_ones_take_no_part(model):
+    pairs = []
+    for spacing, degrees in (((4, 3, 5), (5, -8, 12)), ((3, 5, 4), (-10, 0, 5)), ((4, 4, 4), (0, 15, 0))):
+        exam, places = scan(spacing, degrees)
+        pairs.append((exam, Volume(balls(places, CENTRE), exam.affine)))
+    exam, places = scan((3, 4, 3), (0, 7, 7))
+    truth = balls(places, CENTRE) == 1
+    both = define(model, pairs, {"ball": 1})
+    assert both.structure("ball").exams == 3
+    check(locate(both, exam)["ball"], exam, truth, least=0.85)
+    undrawn = [(pairs[1][0], Volume(np.zeros(pairs[1][0].shape, np.uint8), pairs[1][0].affine))]
+    with_undrawn = define(model, [*pairs, *undrawn * 3], {"ball": 1})
+    assert with_undrawn.structure("ball").exams == 3
+    assert torch.equal(with_undrawn.structure("ball").mask, both.structure("ball").mask)
+    assert with_undrawn.structure("ball").level == both.structure("ball").level
+
+
+def test_defining_again_replaces_and_leaves_the_others(model):
+    first = defined(model, {"ball": 1, "other": 2})
+    exam, places = scan((4, 4, 4))
+    again = define(first, [(exam, Volume(balls(places, OTHER), exam.affine))], {"ball": 1})
+    assert list(again.structures) == ["ball", "other"]
+    assert again.structure("other") is first.structure("other")
+    assert again.network is first.network
+    np.testing.assert_allclose(locate(again, exam)["ball"].centroid_mm, OTHER, atol=1.0)
+    np.testing.assert_allclose(locate(first, exam)["ball"].centroid_mm, CENTRE, atol=1.0)
+    assert model.structures == {}
+
+
+def test_a_name_that_training_never_heard_of(model):
+    name = "Xylophon 7 / 左"
+    exam, places = scan((4, 4, 4))
+    known = define(model, [(exam, Volume(37 * balls(places, CENTRE), exam.affine))], {name: 37})
+    check(locate(known, exam)[name], exam, balls(places, CENTRE) == 1)
+    assert locate(known, exam)[name].label == 37
+    assert known.network is model.network
+
+
+def test_an_undrawn_or_unknown_structure_is_refused(model):
+    exam, places = scan((5, 5, 5))
+    with pytest.raises(StructureError, match="ghost: no labelled exam has a voxel of number 9"):
+        define(model, [(exam, Volume(balls(places, CENTRE), exam.affine))], {"ghost": 9})
+    with pytest.raises(StructureError, match="'ghost'; it knows: ball"):
+        locate(defined(model), exam, ["ghost"])
+    with pytest.raises(ExamError):
+        locate(defined(model), Volume(np.full((9, 9, 9), -1000, np.int16), np.diag([5.0, 5, 5, 1])))
+
+
+def test_only_what_is_asked_for_is_located(model):
+    exam, _ = scan((5, 5, 5))
+    ready = defined(model, {"ball": 1, "other": 2})
+    assert list(locate(ready, exam)) == ["ball", "other"]
+    assert list(locate(ready, exam, ["other"])) == ["other"]
+    assert locate(ready, exam, []) == {}
+    assert locate(model, exam) == {}
+
+
+def test_where_structures_overlap_a_voxel_belongs_to_one(model):
+    exam, places = scan((4, 4, 4))
+    near = CENTRE + np.array([20.0, 0, 0])
+    both = model
+    for centre, name in ((CENTRE, "one"), (near, "two")):
+        both = define(both, [(exam, Volume(balls(places, centre), exam.affine))], {name: 1})
+    alone = {name: locate(both, exam, [name])[name].mask for name in ("one", "two")}
+    found = locate(both, exam)
+    assert (alone["one"] & alone["two"]).sum() > 200
+    assert not (found["one"].mask & found["two"].mask).any()
+    assert np.array_equal(found["one"].mask | found["two"].mask, alone["one"] | alone["two"])
+    side = ((places - (CENTRE + near) / 2) @ (near - CENTRE)) > 0
+    shared = alone["one"] & alone["two"]
+    nearer = found["two"].mask[shared] == side[shared]
+    assert nearer.mean() > 0.6
+
+
+def test_confidence_falls_where_the_exam_does_not_look_like_the_atlas(model):
+    exam, _ = scan((4, 4, 4))
+    ready = defined(model)
+    seen = exact(ready, exam)
+    image = torch.from_numpy(seen.prepared.image)[None, None]
+    where = grid.identity((40,) * 3) / MARGIN
+    to_box = torch.from_numpy(np.linalg.inv(seen.prepared.box_to_mm) @ FRAME).float()
+    places = torch.einsum("ab,nbijk->naijk", to_box[:3, :3], where) + to_box[:3, 3].view(1, 3, 1, 1, 1)
+    alike = replace(ready, atlas=grid.sample(image, places) * grid.inside(places))
+    high, low = (locate(one, exam)["ball"].confidence for one in (alike, ready))
+    assert high > 0.8
+    assert low < high - 0.3

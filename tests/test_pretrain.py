@@ -1,0 +1,326 @@
+"""Training: the whole recipe at toy size, stopped and resumed to the bit, and blind to labels."""
+
+import ast
+import csv
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from deepatlas import checkpoint, files, store
+from deepatlas import pretrain as recipe
+from deepatlas.atlas import Structure
+from deepatlas.config import (
+    AutoencoderStage,
+    ConsolidationStage,
+    Fitting,
+    LevelStage,
+    NetworkConfig,
+    Preset,
+    WarmStage,
+)
+from deepatlas.errors import CohortError, ModelError
+from deepatlas.pretrain import _batch, _load, _Run, most_anatomy, pretrain
+
+TINY = Preset(
+    name="tiny",
+    network=NetworkConfig(size=16, widths=(8, 16), head_channels=8, groups=4),
+    autoencoder=AutoencoderStage(steps=2, batch=2, rate=0.003),
+    warm=WarmStage(steps=12, batch=2, rate=0.004),
+    levels=(LevelStage(steps=2, rate=0.003, warm_up=2, loss_size=16), LevelStage(steps=3, warm_up=2, loss_size=16)),
+    consolidation=(ConsolidationStage(Fitting(steps=2, nodes=4, size=16), steps=3),),
+    batch=2,
+    atlas_size=16,
+    checkpoint_minutes=0.0,
+)
+STAGES = {
+    "autoencoder": 2,
+    "warm start": 12,
+    "level 8³": 2,
+    "level 16³": 3,
+    "fitting 1": 2,
+    "consolidation 1": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """Four exams of a body with a spine and a lung, each of its own size, spacing and storage; the largest is c."""
+    folder = tmp_path_factory.mktemp("exams")
+    for number, name in enumerate("abcd"):
+        random = np.random.default_rng(number)
+        spacing = np.array([9.0, 8.0, 12.0]) * random.uniform(0.9, 1.1, 3)
+        shape = (26, 24, 22)
+        affine = np.diag([-spacing[0] if number % 2 else spacing[0], spacing[1], spacing[2], 1.0])
+        index = np.moveaxis(np.indices(shape), 0, -1)
+        places = (index - (np.array(shape) - 1) / 2) * np.diag(affine)[:3]
+        size = (1.2 if name == "c" else 1.0) * random.uniform(0.95, 1.05, 3)
+
+        def blob(centre, half, places=places, size=size):
+            return (((places - np.array(centre) * size) / (np.array(half) * size)) ** 2).sum(axis=-1) < 1
+
+        hu = np.full(shape, -1000.0)
+        hu[blob((0, 0, 0), (85, 65, 110))] = 30
+        hu[blob((35, 10, 50), (28, 35, 45))] = -800
+        hu[blob((0, -40, 0), (15, 15, 100))] = 300
+        hu += 15 * random.standard_normal(shape)
+        nib.Nifti1Image(hu.astype(np.int16), affine).to_filename(folder / f"{name}.nii.gz")
+    path = folder / "cohort.h5"
+    store.build(folder, path, 16, workers=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(cohort, tmp_path_factory) -> Path:
+    """The folder of a training that was never stopped."""
+    out = tmp_path_factory.mktemp("trained") / "model"
+    pretrain(cohort, out, TINY)
+    return out
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What a model is made of."""
+    return {name: (folder / name).read_bytes() for name in ("model.json", "weights.safetensors")}
+
+
+def test_the_stages_come_in_the_order_of_the_paper_and_are_logged(cohort, trained, tmp_path, caplog):
+    seen = []
+    torch.manual_seed(99)  # global chance has no say
+    with caplog.at_level(logging.INFO, "deepatlas.pretrain"):
+        model = pretrain(cohort, tmp_path / "model", TINY, on_progress=seen.append)
+    assert [(p.stage, p.step, p.steps) for p in seen] == [(name, n, n) for name, n in STAGES.items()]
+    assert (seen[-1].done, seen[-1].total) == (24, 24)
+    assert seen[-1].seconds_left == 0
+    assert seen[0].seconds_left > 0
+    assert model.seed_exam == "c"  # the most anatomy
+    assert model.level == 0
+    log = (tmp_path / "model" / "training" / "log.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(log.splitlines()))
+    assert [row["stage"] for row in rows] == list(STAGES)
+    for name in ("loss", "explicit", "implicit", "edges", "smooth_explicit", "smooth_implicit", "unsolved"):
+        assert np.isfinite(float(rows[3][name])), name
+    assert 0 <= float(rows[3]["folded"]) <= 1
+    assert 0 <= float(rows[3]["converged"]) <= 1
+    assert all(float(rows[3][name]) > 0 for name in ("s_augment", "s_network", "s_objective", "s_backward"))
+    (jump,) = re.findall(r"level 16³ begins ([\d.]+) voxels from the level above", caplog.text)
+    assert float(jump) <= 0.25
+    assert files_of(tmp_path / "model") == files_of(trained)
+    loaded = checkpoint.load(tmp_path / "model")
+    for name, values in model.network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], values)
+
+
+class Stopped(Exception):
+    """A training was stopped from outside."""
+
+
+@pytest.mark.parametrize("stop", [("autoencoder", 2), ("level 16³", 2), ("fitting 1", 2), ("consolidation 1", 3)])
+def test_a_stopped_training_resumes_to_the_bit(stop, cohort, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "LOG_EVERY", 1)
+
+    def interrupt(progress):
+        if (progress.stage, progress.step) == stop:  # before this step is saved: it is done again
+            raise Stopped
+
+    out = tmp_path / "model"
+    with pytest.raises(Stopped):
+        pretrain(cohort, out, TINY, on_progress=interrupt)
+    about = json.loads((out / "training" / "state.json").read_text(encoding="utf-8"))
+    assert about["stage"] == list(STAGES).index(stop[0])
+    assert about["step"] == stop[1] - 1
+    rest = []
+    pretrain(cohort, out, TINY, resume=True, on_progress=rest.append)
+    assert (rest[0].stage, rest[0].step) == stop
+    assert files_of(out) == files_of(trained)
+    assert len(list((out / "training").glob("state-*"))) == 1
+
+
+def test_a_training_stopped_between_stages_resumes_to_the_bit(cohort, trained, tmp_path):
+    rare = replace(TINY, checkpoint_minutes=60.0)  # saved at the end of stages alone
+
+    def interrupt(progress):
+        if progress.stage == "fitting 1":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        pretrain(cohort, tmp_path / "model", rare, on_progress=interrupt)
+    pretrain(cohort, tmp_path / "model", rare, resume=True)
+    assert files_of(tmp_path / "model") == files_of(trained)
+
+
+def test_a_finished_training_resumes_to_itself(cohort, trained):
+    before = files_of(trained)
+    model = pretrain(cohort, trained, TINY, resume=True)
+    assert files_of(trained) == before
+    assert model.level == 0
+
+
+def test_resuming_nothing_is_an_error_and_so_is_beginning_again(cohort, trained, tmp_path):
+    with pytest.raises(ModelError, match="nothing to resume"):
+        pretrain(cohort, tmp_path / "none", TINY, resume=True)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ModelError, match="already holds a model"):
+        pretrain(cohort, trained, TINY)
+
+
+def test_resuming_with_other_settings_names_what_differs(cohort, trained, tmp_path):
+    with pytest.raises(ModelError, match="another preset;"):
+        pretrain(cohort, trained, replace(TINY, seed=7), resume=True)
+    with pytest.raises(ModelError, match="another seed_exam;"):
+        pretrain(cohort, trained, TINY, seed_exam="a", resume=True)
+    fewer = tmp_path / "exams"
+    fewer.mkdir()
+    for name in "abc":
+        (fewer / f"{name}.nii.gz").symlink_to(cohort.parent / f"{name}.nii.gz")
+    store.build(fewer, tmp_path / "fewer.h5", 16, workers=0)
+    with pytest.raises(ModelError, match="another exams;"):
+        pretrain(tmp_path / "fewer.h5", trained, TINY, resume=True)
+
+
+def test_a_damaged_state_is_refused_by_name(cohort, trained, tmp_path):
+    out = tmp_path / "model"
+    training = out / "training"
+    training.mkdir(parents=True)
+    (state,) = (trained / "training").glob("state-*")
+    (training / state.name).write_bytes(state.read_bytes()[:5000])
+    (training / "state.json").write_bytes((trained / "training" / "state.json").read_bytes())
+    with pytest.raises(ModelError, match=re.escape(state.name)):
+        pretrain(cohort, out, TINY, resume=True)
+
+
+def test_from_a_model_its_frame_and_its_structures_are_kept(cohort, trained, tmp_path):
+    box = torch.tensor([[-0.1] * 3, [0.2] * 3])
+    made = Structure("kept", 3, torch.ones(4, 4, 4), torch.ones(4, 4, 4), box, 0.5, 1)
+    base = checkpoint.load(trained).with_structures(made)
+    checkpoint.save(base, tmp_path / "base")
+    seen = []
+    levels = replace(TINY, consolidation=())
+    for name, preset, stages in (
+        ("rounds", TINY, ["fitting 1", "consolidation 1"]),
+        ("level", levels, ["level 16³"]),
+    ):
+        seen.clear()
+        pretrain(cohort, tmp_path / name, preset, start_from=tmp_path / "base", seed_exam="a", on_progress=seen.append)
+        assert [p.stage for p in seen] == stages
+        grown = checkpoint.load(tmp_path / name)
+        assert list(grown.structures) == ["kept"]
+        assert torch.equal(grown.structures["kept"].mask, made.mask)
+        assert torch.equal(grown.seed_box_to_mm, base.seed_box_to_mm)
+        assert (grown.seed_exam, grown.level) == ("c", 0)
+        assert not torch.equal(grown.network.shared, base.network.shared)
+    other = replace(TINY, network=replace(TINY.network, head_channels=4))
+    with pytest.raises(ModelError, match="choose the preset it was trained with"):
+        pretrain(cohort, tmp_path / "other", other, start_from=tmp_path / "base")
+
+
+def test_labels_are_never_read(cohort, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a label was read")
+
+    for module, name in ((files, "read_labels"), (files, "read_names"), (recipe.checkpoint, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    pretrain(cohort, tmp_path / "model", replace(TINY, consolidation=()))
+    package = Path(recipe.__file__).parent
+    reached, waiting = set(), ["pretrain"]
+    while waiting:  # nothing that training imports, however far down, reads the labels of exams or defines structures
+        name = waiting.pop()
+        if name in reached or not (package / f"{name}.py").exists():
+            continue
+        reached.add(name)
+        for node in ast.walk(ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deepatlas"):
+                waiting += [node.module.split(".")[-1], *(alias.name for alias in node.names)]
+    assert {"objective", "networks", "store"} <= reached
+    assert not reached & {"locate", "library", "evaluate", "metrics", "phantom"}
+
+
+def test_a_cohort_that_does_not_fit_is_refused(cohort, tmp_path):
+    with pytest.raises(CohortError, match="no exam 'z'"):
+        pretrain(cohort, tmp_path / "model", TINY, seed_exam="z")
+    with pytest.raises(CohortError, match=re.escape("prepare it with --size 32")):
+        pretrain(cohort, tmp_path / "model", replace(TINY, network=replace(TINY.network, size=32)))
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "a.nii.gz").symlink_to(cohort.parent / "a.nii.gz")
+    store.build(single, tmp_path / "single.h5", 16, workers=0)
+    with pytest.raises(CohortError, match="at least 2"):
+        pretrain(tmp_path / "single.h5", tmp_path / "model", TINY)
+    assert not (tmp_path / "model").exists()
+
+
+def begun(cohort: Path, seed: int = 0) -> _Run:
+    """A training before its first step."""
+    return _Run.begin(_load(cohort, TINY, "cpu"), replace(TINY, seed=seed), None, None, "cpu")
+
+
+def test_the_atlas_begins_as_the_seed_exam_within_its_margin(cohort):
+    run = begun(cohort)
+    assert run.data.names[most_anatomy(run.data)] == run.seed_name == "c"
+    centre = run.atlas[0, 0, 4:12, 4:12, 4:12]
+    assert centre.std() > 0.05
+    where = torch.linspace(-1, 1, 16) / checkpoint.MARGIN
+    assert (run.atlas[0, 0][where.abs() > 1] == 0).all()
+    image = run.data.image[run.seed_index]
+    assert float(run.atlas.detach().mean() / image.mean()) == pytest.approx(checkpoint.MARGIN**3, rel=0.1)
+
+
+def test_a_view_shows_the_exam_where_it_says(cohort):
+    run = begun(cohort)
+    view = run._view([0, 2], run._chance(3, 1), bend=0.05)
+    again = run._view([0, 2], run._chance(3, 1), bend=0.05)
+    assert all(torch.equal(one, other) for one, other in zip(view, again, strict=True))
+    for other in (run._chance(3, 2), run._chance(2, 1), begun(cohort, seed=1)._chance(3, 1)):
+        assert not torch.equal(run._view([0, 2], other, bend=0.05).image, view.image)
+    assert ((view.seen >= 0) & (view.seen <= 1)).all()
+    inside = (view.places_box.abs() <= 1).all(dim=1, keepdim=True)
+    assert (view.image[~inside] == 0).all()
+    assert not (view.foreground & ~inside).any()
+    plain = replace(TINY.augmentation, scale=0.0, rotation=0.0, translation=0.0, cut=0.0, tone=0.0)
+    still = run._view([1], run._chance(0, 0), plain)
+    torch.testing.assert_close(still.image, run.data.image[1:2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(still.seen, still.image)
+    torch.testing.assert_close(still.mm_per_box, run.data.box_to_mm[1:2, :3, :3].float(), rtol=1e-5, atol=1e-4)
+
+
+def test_steps_whose_gradient_is_no_number_are_skipped_and_counted(cohort, caplog):
+    run = begun(cohort)
+    run.enter(1)
+    before = {name: values.clone() for name, values in run.network.state_dict().items()}
+    image = run.data.image[:1]
+    for _ in range(recipe.NOT_FINITE_IN_A_ROW - 1):
+        run._descend(run.network(image, 1).sum() * torch.nan, run.network, 0.01)
+    assert all(torch.equal(before[name], values) for name, values in run.network.state_dict().items())
+    assert "not finite" in caplog.text
+    run._descend(run.network(image, 1).sum(), run.network, 0.01)  # a good one in between
+    assert run.failures == 0
+    assert not torch.equal(before["shared"], run.network.shared)
+    for _ in range(recipe.NOT_FINITE_IN_A_ROW - 1):
+        run._descend(run.network(image, 1).sum() * torch.inf, run.network, 0.01)
+    with pytest.raises(ModelError, match="lower rate"):
+        run._descend(run.network(image, 1).sum() * torch.inf, run.network, 0.01)
+
+
+def test_a_stage_does_not_inherit_the_gradients_of_the_one_before(cohort):
+    run = begun(cohort)
+    run.enter(3)
+    run._descend(run.network(run.data.image[:1], 0).sum() * torch.nan, run.network, 0.01)
+    run.enter(4)  # fits maps and the atlas, not the network
+    before = run.atlas.detach().clone()
+    run._fitting_step(TINY.consolidation[0], 4, 0)
+    assert run.failures == 0
+    assert not torch.equal(run.atlas, before)
+
+
+def test_every_exam_is_seen_once_before_any_is_seen_twice():
+    flat = [exam for step in range(9) for exam in _batch(7, 3, step, 5)]
+    for turn in range(3):
+        assert sorted(flat[7 * turn : 7 * turn + 7]) == list(range(7))
+    assert flat[:7] != flat[7:14]
+    assert _batch(7, 3, 4, 5) == flat[12:15]
+    assert _batch(3, 8, 0, 0) != _batch(3, 8, 0, 1)
