@@ -410,9 +410,9 @@ def test_pretrain_writes_a_model_and_can_be_resumed(call, work, monkeypatch):
         network=NetworkConfig(size=16, widths=(8, 16), head_channels=8),
         autoencoder=AutoencoderStage(steps=2, batch=2, rate=0.003),
         warm=WarmStage(steps=2, batch=2, rate=0.004),
-        levels=(LevelStage(steps=2, rate=0.003, warm_up=1),) * 2,
+        levels=(LevelStage(steps=2, rate=0.003, warm_up=1, loss_size=16),) * 2,
+        consolidation=(),
         batch=2,
-        loss_size=16,
         atlas_size=16,
     )
     monkeypatch.setitem(PRESETS, "tiny", tiny)

@@ -20,9 +20,9 @@ TINY = replace(
     network=NetworkConfig(size=16, widths=(8, 16), head_channels=8, stem_stride=1),
     autoencoder=AutoencoderStage(steps=2, batch=2, rate=0.003),
     warm=WarmStage(steps=20, batch=4, rate=0.004),
-    levels=(LevelStage(steps=2, rate=0.003, warm_up=1),),
+    levels=(LevelStage(steps=2, rate=0.003, warm_up=1, loss_size=16),),
+    consolidation=(),
     batch=2,
-    loss_size=16,
     atlas_size=16,
 )
 

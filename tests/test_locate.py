@@ -175,12 +175,13 @@ def test_beyond_the_prepared_box_nothing_is_claimed(model):
     ready = defined(model)
     seen = exact(ready, exam, "90mm")
     found = locate(ready, exam, embedded=seen)["ball"]
-    beyond = np.abs(apply(np.linalg.inv(seen.prepared.box_to_mm), places)).max(axis=-1) > 1 + 2.1 / 23
+    out = np.abs(apply(np.linalg.inv(seen.prepared.box_to_mm), places)).max(axis=-1)
+    beyond = out > 1 + 2.1 / 23  # the corner voxels reach half a step over the box
     truth = balls(places, CENTRE) == 1
     assert (truth & beyond).sum() > 100
     assert not (found.mask & beyond).any()
     assert found.status == "cut_off"
-    assert found.coverage == pytest.approx((truth & ~beyond).sum() / truth.sum(), abs=0.1)
+    assert found.coverage == pytest.approx((truth & (out <= 1)).sum() / truth.sum(), abs=0.04)
 
 
 def test_a_field_of_view_without_the_structure_says_so_and_has_no_mask(model):

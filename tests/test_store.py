@@ -372,7 +372,7 @@ def test_other_settings_are_refused(exams, tmp_path):
         build(exams, tmp_path / "c.h5", 16, "exam", workers=0)
     with pytest.raises(CohortError, match="region exam"):
         build(exams, tmp_path / "c.h5", SIZE, "exam", workers=0)
-    with pytest.raises(CohortError, match="correct them"):
+    with pytest.raises(CohortError, match="choose one"):
         build(exams, tmp_path / "new.h5", SIZE, "head", workers=0)
     with pytest.raises(CohortError, match="does not exist"):
         build(exams, tmp_path / "nowhere" / "new.h5", SIZE, workers=0)

@@ -95,7 +95,12 @@ def prepare(
 ) -> None:
     """Prepare a folder of unlabeled CT exams for training. An interrupted build goes on where it stopped."""
     from deepatlas import outputs, store
+    from deepatlas.prepare import fixed_extent_mm
 
+    try:
+        fixed_extent_mm(region)
+    except DeepAtlasError as error:
+        raise typer.BadParameter(str(error), param_hint="--region") from None
     with _counting("Preparing") as count:
         report = store.build(inputs, output, size, region, workers, on_progress=count)
     outputs.write_failed(output.with_name(f"{output.name}.failed.json"), report.failed)
