@@ -475,7 +475,8 @@ class _Reporter:
 
     def step(self, number: int, step: int, name: str, steps: int, terms: dict[str, float]) -> None:
         self.sums.append(terms)
-        if (step + 1) % LOG_EVERY and step + 1 != steps:
+        every = 1 if name.startswith("fitting") else LOG_EVERY  # a fitting step is many steps on a batch of exams
+        if (step + 1) % every and step + 1 != steps:
             return
         means = {key: float(np.mean([t[key] for t in self.sums])) for key in self.sums[0]}
         self.sums = []
