@@ -84,6 +84,8 @@ def implicit(
     """
     trailing = c_q.shape[2:]
     target = c_q.flatten(2)
+    if min(c_p.shape[2:]) < 2:
+        raise ValueError(f"Expected a map of at least 2 nodes along each axis, got {tuple(c_p.shape[2:])}.")
     if c_p.shape[0] != c_q.shape[0]:
         c_p = c_p.expand(c_q.shape[0], *c_p.shape[1:])
     active = (
