@@ -53,6 +53,8 @@ class Model:
     seed_exam: str
     structures: dict[str, Structure]
     name: str = "model"
+    familiar: float = 0.0
+    """An exam whose mean likeness to the aligned atlas lies below this is unlike any that was learned."""
 
     @property
     def size(self) -> int:
@@ -110,6 +112,7 @@ def save_structures(model: Model, folder: Path) -> None:
         "level": model.level,
         "atlas_size": model.atlas.shape[-1],
         "seed_exam": model.seed_exam,
+        "familiar": model.familiar,
         "seed_box_to_mm": model.seed_box_to_mm.tolist(),
         "structures": [
             {
@@ -158,6 +161,7 @@ def load(folder: Path) -> Model:
             seed_exam=str(about["seed_exam"]),
             structures=structures,
             name=folder.name,
+            familiar=float(about["familiar"]),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(

@@ -20,6 +20,7 @@ from deepatlas import atlas, grid, warp
 from deepatlas.atlas import Drawn, Structure
 from deepatlas.checkpoint import Model
 from deepatlas.errors import StructureError
+from deepatlas.objective import likeness
 from deepatlas.prepare import Prepared, prepare, sample_mm
 from deepatlas.shapes import Coordinates
 from deepatlas.volume import Volume, apply
@@ -195,11 +196,13 @@ def locate(
     """
     wanted = [model.structure(name) for name in (model.structures if structures is None else structures)]
     embedded = embedded or embed(model, exam)
-    likeness = _likeness(model, embedded)
+    alike = _likeness(model, embedded)
+    known = alike.of_exam() >= model.familiar
     to_box = np.linalg.inv(embedded.prepared.box_to_mm) @ exam.affine
     best = {}
     claims = []
-    for structure, coverage in zip(wanted, _coverages(wanted, embedded), strict=True):
+    for structure, reached in zip(wanted, _coverages(wanted, embedded), strict=True):
+        coverage = reached if known else 0.0  # an exam unlike any that was learned has coordinates without meaning
         region = None if coverage < ABSENT else _region(structure, embedded, to_box, exam.shape)
         claims.append((structure, coverage, region, _scores(structure, embedded, to_box, region)))
     owner = _owners(claims, exam.shape)
@@ -208,7 +211,7 @@ def locate(
         if score is not None:
             mask = np.zeros(exam.shape, dtype=bool)
             mask[region] = (score > 0) & (owner[region] == number)
-        best[structure.name] = _found(structure, coverage, mask, region, exam, likeness)
+        best[structure.name] = _found(structure, coverage, mask, region, exam, alike)
     return best
 
 
@@ -268,7 +271,7 @@ def _owners(claims, shape) -> np.ndarray:
     return owner
 
 
-def _found(structure, coverage, mask, region, exam, likeness) -> Found:
+def _found(structure, coverage, mask, region, exam, alike) -> Found:
     nothing = Found(structure.name, structure.label, "absent", coverage, None, None, None, None, None)
     if mask is None or not mask.any():
         return nothing
@@ -282,7 +285,7 @@ def _found(structure, coverage, mask, region, exam, likeness) -> Found:
         label=structure.label,
         status="present" if coverage >= PRESENT else "cut_off",
         coverage=coverage,
-        confidence=_confidence(structure, likeness),
+        confidence=_confidence(structure, alike),
         volume_ml=float(volume),
         centroid_mm=tuple(places.mean(axis=0).tolist()),
         box_mm=box,
@@ -298,24 +301,22 @@ class _Likeness(NamedTuple):
     """Local correlation of features, 0 ... 1, and 0 where the map folds; (1, 1, i, j, k)."""
     foreground: Tensor
 
+    def of_exam(self) -> float:
+        """Mean over the patient."""
+        return float((self.local * self.foreground).sum() / self.foreground.sum().clamp_min(1))
+
 
 def _likeness(model: Model, embedded: Embedded) -> _Likeness:
     shape = tuple(n // 2 for n in embedded.prepared.hu.shape)
     c_atlas = grid.resize(embedded.c_atlas, shape)
     image = grid.shrink(torch.from_numpy(embedded.prepared.image)[None, None], shape)
-    with torch.inference_mode():
-        a, b = (model.autoencoder.features(x)[0] for x in (grid.sample(model.atlas, c_atlas), image))
-    moments = (a, b, a * a, b * b, a * b)
-    mean_a, mean_b, aa, bb, ab = (F.avg_pool3d(f, 5, 1, 2, count_include_pad=False) for f in moments)
-    variance = (aa - mean_a**2).clamp_min(0) * (bb - mean_b**2).clamp_min(0)
-    local = (ab - mean_a * mean_b).sum(dim=1, keepdim=True) / (variance.sqrt().sum(dim=1, keepdim=True) + 1e-6)
-    regular = warp.determinant(warp.jacobian(c_atlas))[:, None] > 0
+    local = likeness(c_atlas, image, model.atlas, model.autoencoder)
     foreground = grid.resize(embedded.foreground.float(), shape)
-    return _Likeness(c_atlas, local.clone().clamp(0, 1) * regular, foreground)
+    return _Likeness(c_atlas, local, foreground)
 
 
-def _confidence(structure: Structure, likeness: _Likeness) -> float:
+def _confidence(structure: Structure, alike: _Likeness) -> float:
     """Mean likeness in and next to the structure."""
-    member = (structure.membership(likeness.c_atlas) > 0.5 * structure.level).float()
-    weight = F.max_pool3d(member, 3, 1, 1) * likeness.foreground
-    return float((likeness.local * weight).sum() / weight.sum().clamp_min(1))
+    member = (structure.membership(alike.c_atlas) > 0.5 * structure.level).float()
+    weight = F.max_pool3d(member, 3, 1, 1) * alike.foreground
+    return float((alike.local * weight).sum() / weight.sum().clamp_min(1))

@@ -194,3 +194,19 @@ def _unsolved(c_p, c_q, found: warp.Implicit, foreground_p, foreground_q) -> Flo
     size = (voxels.square().sum(dim=1, keepdim=True) + 1e-12).sqrt()
     total = (losses.huber(size) * failed).flatten(1).sum(dim=1)
     return total / foreground_q.flatten(1).sum(dim=1).clamp_min(1)
+
+
+def likeness(c_atlas: Coordinates, image: Image, atlas: Tensor, autoencoder: Autoencoder) -> Float[Tensor, "b 1 i j k"]:
+    """Likeness of an exam and the atlas aligned to it: local correlation of features, 0 ... 1; 0 where the map folds.
+
+    Args:
+        c_atlas: map of the exam, on the grid of ``image``.
+        atlas: X, (1, 1, n, n, n).
+    """
+    with torch.no_grad():
+        a, b = (autoencoder.features(x)[0] for x in (grid.sample(atlas, c_atlas), image))
+        moments = (a, b, a * a, b * b, a * b)
+        mean_a, mean_b, aa, bb, ab = (F.avg_pool3d(f, 5, 1, 2, count_include_pad=False) for f in moments)
+        variance = (aa - mean_a**2).clamp_min(0) * (bb - mean_b**2).clamp_min(0)
+        local = (ab - mean_a * mean_b).sum(dim=1, keepdim=True) / (variance.sqrt().sum(dim=1, keepdim=True) + 1e-6)
+        return local.clamp(0, 1) * (warp.determinant(warp.jacobian(c_atlas))[:, None] > 0)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from deepatlas.config import Augmentation, ConsolidationStage, Preset
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.fitting import fit
 from deepatlas.networks import CoordinateNetwork
-from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, objective
+from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, likeness, objective
 from deepatlas.prepare import fixed_extent_mm, window
 from deepatlas.store import Cohort
 
@@ -137,7 +137,28 @@ def pretrain(
                     saved = time.monotonic()
             run.save(training, settings, number + 1, 0)
             checkpoint.save(run.model(), out)
-    return run.model()
+    model = familiar(run.model(), data)
+    checkpoint.save(model, out)
+    return model
+
+
+FAMILIAR_SHARE = 0.6
+
+
+def familiar(model: Model, data: Cohorted) -> Model:
+    """The model with the likeness that an exam must reach to count as of the kind that was learned.
+
+    It is `FAMILIAR_SHARE` of the 5th percentile of the training exams. Needs no label.
+    """
+    shape = (data.size // 2,) * 3
+    means = []
+    for exam in range(len(data.names)):
+        image, foreground = data.image[exam : exam + 1], grid.resize(data.foreground[exam : exam + 1].float(), shape)
+        with torch.no_grad():
+            c_atlas = grid.resize(model.network(image, model.level), shape)
+        local = likeness(c_atlas, grid.shrink(image, shape), model.atlas, model.autoencoder)
+        means.append(float((local * foreground).sum() / foreground.sum().clamp_min(1)))
+    return replace(model, familiar=FAMILIAR_SHARE * float(np.quantile(means, 0.05)))
 
 
 @contextmanager
