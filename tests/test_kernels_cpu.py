@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepatlas import grid, kernels_cpu, warp
+from deepatlas import grid, kernels_cpu, losses, warp
 
 SHAPE = (7, 5, 6)
 COUNT = 2500  # more than two chunks, and no multiple of one
@@ -161,3 +161,50 @@ def test_the_gradient_of_the_solver_is_its_reference(problem, parts):
     torch.testing.assert_close(
         torch.from_numpy(buffers.sum(axis=0)).view_as(pushed), pushed, atol=10 * tolerance, rtol=tolerance
     )
+
+
+def mm(batch: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Linear parts of boxes of unequal sides, turned a little."""
+    sides = torch.diag(torch.tensor([120.0, 200.0, 90.0], dtype=torch.float64))
+    return (sides + 5 * draw(seed, batch, 3, 3)).to(dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_determinants_and_their_gradient_are_those_of_the_plain_form(batch):
+    mask = torch.rand(batch, 1, *SHAPE, generator=torch.Generator().manual_seed(4)) > 0.3
+    weights = draw(5, 2, batch, 1, *SHAPE)
+    results = []
+    for form in (warp.determinants, warp.determinants_reference):
+        field = bent_map(batch, torch.float64).requires_grad_()
+        both = form(field, mm(1, 6, torch.float64), mm(batch, 7, torch.float64), mask)
+        (grad,) = torch.autograd.grad(sum((w * d).sum() for w, d in zip(weights, both, strict=True)), field)
+        results.append((*both, grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-10, rtol=1e-10)
+
+
+def test_determinants_have_the_gradient_they_claim():
+    mask = torch.ones(1, 1, 3, 4, 2, dtype=torch.bool)
+    field = (grid.identity((3, 4, 2), torch.float64) + 0.1 * draw(8, 1, 3, 3, 4, 2)).requires_grad_()
+    spaces = mm(1, 9, torch.float64) / 100, mm(1, 10, torch.float64) / 100
+    assert torch.autograd.gradcheck(lambda f: warp.determinants(f, *spaces, mask), (field,), atol=1e-7)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_over_cubes_and_their_gradient_are_those_of_the_plain_form(side, dtype):
+    weight = (torch.rand(2, 1, *SHAPE, generator=torch.Generator().manual_seed(11)) > 0.4).to(dtype)
+    results = []
+    for form in (losses.cube_sums, losses.cube_sums_reference):
+        a, b = (draw(seed, 2, 3, *SHAPE, dtype=dtype).requires_grad_() for seed in (12, 13))
+        sums = form(a, b, weight, side)
+        results.append((sums, *torch.autograd.grad((sums * draw(14, *sums.shape)).sum(), (a, b))))
+    for ours, plain in zip(*results, strict=True):
+        close = 1e-5 if dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(ours, plain, atol=close, rtol=close)
+
+
+def test_sums_over_cubes_have_the_gradient_they_claim():
+    a, b = (draw(seed, 1, 2, 3, 4, 5).requires_grad_() for seed in (15, 16))
+    weight = torch.ones(1, 1, 3, 4, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: losses.cube_sums(a, b, weight, 2), (a, b))

@@ -8,7 +8,7 @@ import torch
 from deepatlas import affine, grid, losses, warp
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.config import Weights
-from deepatlas.objective import Atlas, Exams, Terms, _erode, _unsolved, objective, spacing_mm, to_mm
+from deepatlas.objective import Atlas, Exams, Terms, _erode, _unsolved, objective, spacing_mm
 
 SIZE = 16
 WHOLE = Weights(window=None)
@@ -180,7 +180,7 @@ def test_jacobians_from_mm_to_mm_are_those_of_the_map_in_mm():
     mm_in, mm_out = boxes(2), torch.diag_embed(torch.tensor([[90.0, 200.0, 130.0]]))
     in_boxes = torch.linalg.inv(mm_out) @ linear @ mm_in
     field = affine.apply(affine.from_parts(in_boxes, torch.zeros(2, 3)), grid.identity((4, 5, 6)))
-    found = to_mm(warp.jacobian(field), mm_out, mm_in)
+    found = warp.to_mm(warp.jacobian(field), mm_out, mm_in)
     torch.testing.assert_close(found, linear.view(1, 3, 3, 1, 1, 1).expand_as(found), atol=1e-4, rtol=0)
 
 

@@ -14,7 +14,7 @@ SOURCE = Path(deepatlas.__file__).parent
 
 # A module may import only what stands before it.
 ORDER = [
-    *("errors", "shapes", "config"),
+    *("errors", "shapes", "config", "machine"),
     *("kernels_cpu", "grid", "kernels_gpu", "affine", "warp", "losses", "augment", "metrics"),
     *("volume", "dicom", "phantom", "files", "prepare", "store"),
     *("networks", "autoencoder", "atlas", "checkpoint"),

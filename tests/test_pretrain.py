@@ -26,7 +26,7 @@ from deepatlas.config import (
     WarmStage,
 )
 from deepatlas.errors import CohortError, ModelError
-from deepatlas.pretrain import _batch, _load, _Run, most_anatomy, pretrain
+from deepatlas.pretrain import Run, _batch, _load, most_anatomy, pretrain
 
 TINY = Preset(
     name="tiny",
@@ -256,9 +256,9 @@ def test_a_cohort_that_does_not_fit_is_refused(cohort, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def begun(cohort: Path, seed: int = 0) -> _Run:
+def begun(cohort: Path, seed: int = 0) -> Run:
     """A training before its first step."""
-    return _Run.begin(_load(cohort, TINY, "cpu"), replace(TINY, seed=seed), None, None, "cpu")
+    return Run.begin(_load(cohort, TINY, "cpu"), replace(TINY, seed=seed), None, None, "cpu")
 
 
 def test_the_atlas_begins_as_the_seed_exam_within_its_margin(cohort):

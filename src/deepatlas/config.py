@@ -3,7 +3,7 @@
 The defaults are the paper's (§5.2, §5.3, §5.5.2) where it prints a number.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,27 @@ class Weights:
     smooth_implicit: float = 0.3
     unsolved: float = 0.3
     """Of the residual that the implicit solve leaves, in voxels: leaving it out would reward insoluble maps."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """§5.5.2; cuts and tone are ours, and touch only what the network sees, never what the loss compares."""
+
+    scale: float = 0.3
+    rotation: float = 0.5
+    """Radians."""
+    translation: float = 0.25
+    """Box units: 8 of 64 voxels."""
+    cut: float = 0.3
+    """Probability of losing an end of the field of view."""
+    tone: float = 0.3
+    """Change of soft-tissue contrast."""
+
+    def gentler(self, share: float) -> "Augmentation":
+        """The same with smaller changes of pose and size."""
+        return replace(
+            self, scale=share * self.scale, rotation=share * self.rotation, translation=share * self.translation
+        )
 
 
 @dataclass(frozen=True)
@@ -100,23 +121,10 @@ class ConsolidationStage:
     fitting: Fitting = field(default_factory=Fitting)
     steps: int = 1_000
     rate: float = 0.002
-    bend: float = 0.06
+    bend: float = 0.04
     """Amplitude of a random smooth deformation of exam and target, in box units."""
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """§5.5.2; cuts and tone are ours, and touch only what the network sees, never what the loss compares."""
-
-    scale: float = 0.3
-    rotation: float = 0.5
-    """Radians."""
-    translation: float = 0.25
-    """Box units: 8 of 64 voxels."""
-    cut: float = 0.3
-    """Probability of losing an end of the field of view."""
-    tone: float = 0.3
-    """Change of soft-tissue contrast."""
+    gentle: float = 0.5
+    """Share of the preset's changes of pose and size: the network has seen the large ones, and precision is next."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ def fit(
         best = torch.where(better.view(-1, 1, 1, 1, 1), residual.detach(), best)
         before = loss.detach() if before is None else before
         if step < how.steps:
-            optimiser.zero_grad()
-            loss.sum().backward()
+            (residual.grad,) = torch.autograd.grad(loss.sum(), residual)
             optimiser.step()
     return Fitted(best, before, lowest)

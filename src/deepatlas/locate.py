@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from deepatlas import atlas, grid, warp
+from deepatlas import atlas, grid, kernels_cpu, warp
 from deepatlas.atlas import Drawn, Structure
 from deepatlas.checkpoint import Model
 from deepatlas.errors import StructureError
@@ -67,8 +67,16 @@ class Found:
     centroid_mm: tuple[float, float, float] | None
     box_mm: tuple[tuple[float, float, float], tuple[float, float, float]] | None
     """Corners of the axis-aligned box around the mask, RAS mm."""
-    mask: np.ndarray | None
-    """Boolean, on the exam's own grid; None where absent."""
+    owner: np.ndarray | None
+    """On the exam's own grid: which structure a voxel belongs to, counted from 0, −1 for none; one array for all that
+    was looked for together. None where absent."""
+    number: int
+    """This structure's number in it."""
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Boolean, on the exam's own grid; None where absent. Made anew at every call."""
+        return None if self.owner is None else self.owner == self.number
 
 
 def embed(model: Model, exam: Volume) -> Embedded:
@@ -198,21 +206,14 @@ def locate(
     embedded = embedded or embed(model, exam)
     alike = _likeness(model, embedded)
     known = alike.of_exam() >= model.familiar
-    to_box = np.linalg.inv(embedded.prepared.box_to_mm) @ exam.affine
-    best = {}
-    claims = []
-    for structure, reached in zip(wanted, _coverages(wanted, embedded), strict=True):
-        coverage = reached if known else 0.0  # an exam unlike any that was learned has coordinates without meaning
-        region = None if coverage < ABSENT else _region(structure, embedded, to_box, exam.shape)
-        claims.append((structure, coverage, region, _scores(structure, embedded, to_box, region)))
-    owner = _owners(claims, exam.shape)
-    for number, (structure, coverage, region, score) in enumerate(claims):
-        mask = None
-        if score is not None:
-            mask = np.zeros(exam.shape, dtype=bool)
-            mask[region] = (score > 0) & (owner[region] == number)
-        best[structure.name] = _found(structure, coverage, mask, region, exam, alike)
-    return best
+    coverages = [reached if known else 0.0 for reached in _coverages(wanted, embedded)]
+    # an exam unlike any that was learned has coordinates without meaning
+    owner, counts, spans = _claim(wanted, coverages, embedded, exam)
+    found = {}
+    for number, structure in enumerate(wanted):
+        place = (owner, number, int(counts[number]), spans[number]) if counts[number] else None
+        found[structure.name] = _found(structure, coverages[number], place, exam, alike)
+    return found
 
 
 def _coverages(structures: list[Structure], embedded: Embedded) -> list[float]:
@@ -226,70 +227,105 @@ def _coverages(structures: list[Structure], embedded: Embedded) -> list[float]:
     return [float(share.mean()) if len(share) else 0.0 for share in shares]
 
 
-def _region(structure: Structure, embedded: Embedded, to_box: np.ndarray, shape) -> tuple[slice, ...] | None:
-    """The block of the exam's voxels that can belong to a structure; None where none can."""
+IN_VIEW = 0.25
+"""Share of foreground from which a voxel counts as in the patient."""
+
+
+def _claim(
+    wanted: list[Structure], coverages: list[float], embedded: Embedded, exam: Volume
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every voxel the structure that claims it most, from one pass over the blocks that structures can lie in.
+
+    Returns:
+        The owner of every voxel (-1: none), the voxels of each structure, and of their places in mm the sum, the
+        lowest and the highest: (structure, axis, 3).
+    """
+    to_box = np.linalg.inv(embedded.prepared.box_to_mm) @ exam.affine
+    nothing = np.zeros((3, 2), dtype=np.int64)
+    regions = [
+        nothing if coverage < ABSENT else _region(structure, embedded, to_box, exam.shape)
+        for structure, coverage in zip(wanted, coverages, strict=True)
+    ]
+    owner = np.full(exam.shape, -1, dtype=np.int16)
+    counts = np.zeros((exam.shape[0], len(wanted)), dtype=np.int64)
+    spans = np.tile([0.0, np.inf, -np.inf], (*counts.shape, 3, 1))
+    if not wanted:
+        return owner, counts.sum(axis=0), spans.sum(axis=0)
+    sizes = [structure.mask.numel() for structure in wanted]
+    kernels_cpu.claim(
+        embedded.c_atlas[0].contiguous().numpy(),
+        embedded.prepared.foreground.astype(np.float32),
+        to_box[:3],
+        np.asarray(exam.affine, dtype=np.float64)[:3],
+        np.float32(1 + 2 / (embedded.prepared.size - 1)),
+        np.float32(IN_VIEW),
+        np.stack(regions),
+        torch.cat([structure.mask.flatten() for structure in wanted]).float().numpy(),
+        np.cumsum([0, *sizes[:-1]]),
+        np.array([structure.mask.shape for structure in wanted]),
+        torch.stack([structure.box_atlas for structure in wanted]).float().numpy(),
+        np.array([structure.level for structure in wanted], dtype=np.float32),
+        owner,
+        counts,
+        spans,
+    )
+    together = np.stack([spans[..., 0].sum(axis=0), spans[..., 1].min(axis=0), spans[..., 2].max(axis=0)], axis=-1)
+    return owner, counts.sum(axis=0), together
+
+
+def _region(structure: Structure, embedded: Embedded, to_box: np.ndarray, shape) -> np.ndarray:
+    """The block of the exam's voxels that can belong to a structure, (3, 2): first and one past the last."""
     near = grid.inside(structure.to_own_box(embedded.c_atlas) * 0.999)[0, 0].numpy() & embedded.prepared.foreground
     if not near.any():
-        return None
+        return np.zeros((3, 2), dtype=np.int64)
     size = near.shape[0]
-    corners = np.array([[axis[0] - 1, axis[-1] + 1] for axis in map(np.unique, np.nonzero(near))])
-    corners = corners / (size - 1) * 2 - 1
+    ends = [np.flatnonzero(near.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]] for axis in range(3)]
+    corners = (np.array(ends) + np.array([-1, 1])) / (size - 1) * 2 - 1
     points = np.stack(np.meshgrid(*corners, indexing="ij"), axis=-1).reshape(-1, 3)
     voxels = apply(np.linalg.inv(to_box), points)
-    low = np.clip(np.floor(voxels.min(axis=0)), 0, np.array(shape) - 1).astype(int)
-    high = np.clip(np.ceil(voxels.max(axis=0)) + 1, low + 1, shape).astype(int)
-    return tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    low = np.clip(np.floor(voxels.min(axis=0)), 0, np.array(shape) - 1).astype(np.int64)
+    high = np.clip(np.ceil(voxels.max(axis=0)) + 1, low + 1, shape).astype(np.int64)
+    return np.stack([low, high], axis=1)
 
 
-def _scores(structure: Structure, embedded: Embedded, to_box: np.ndarray, region) -> np.ndarray | None:
-    """How far the sampled mask exceeds its level, −1 ... +1, on a block of the exam; None where there is none."""
-    if region is None:
-        return None
-    axes = [np.arange(s.start, s.stop) for s in region]
+def owners_reference(structures: list[Structure], embedded: Embedded, exam: Volume, planes: slice) -> np.ndarray:
+    """The owner of every voxel of some planes, each structure sampled everywhere in plain PyTorch: what the one pass
+    of `locate` is held equal to."""
+    to_box = np.linalg.inv(embedded.prepared.box_to_mm) @ exam.affine
+    axes = [np.arange(n) for n in exam.shape]
+    axes[0] = axes[0][planes]
     linear, offset = to_box[:3, :3], to_box[:3, 3]
     parts = [np.multiply.outer(linear[:, a], axes[a]) for a in range(3)]
     box = parts[0][:, :, None, None] + parts[1][:, None, :, None] + parts[2][:, None, None, :]
     box = torch.from_numpy((box + offset[:, None, None, None]).astype(np.float32))[None]
-    step = 2 / (embedded.prepared.size - 1)
-    in_view = (box.abs() <= 1 + step).all(dim=1, keepdim=True)
-    value = structure.membership(grid.sample(embedded.c_atlas, box)) * in_view
-    value = value * (grid.sample(embedded.foreground.float(), box) > 0.25)
-    score = (value - structure.level) / (1 - structure.level)
-    return torch.where(value > structure.level, score, -1.0)[0, 0].numpy()
+    in_view = (box.abs() <= 1 + 2 / (embedded.prepared.size - 1)).all(dim=1, keepdim=True)
+    in_view &= grid.sample(embedded.foreground.float(), box) > IN_VIEW
+    owner = torch.full(box.shape[2:], -1, dtype=torch.int16)
+    height = torch.zeros(box.shape[2:])
+    for number, structure in enumerate(structures):
+        value = structure.membership(grid.sample(embedded.c_atlas, box)) * in_view
+        score = ((value - structure.level) / (1 - structure.level))[0, 0]
+        owner = torch.where(score > height, number, owner)
+        height = torch.maximum(score, height)
+    return owner.numpy()
 
 
-def _owners(claims, shape) -> np.ndarray:
-    """For every voxel the structure that claims it most."""
-    owner = np.full(shape, -1, dtype=np.int16)
-    height = np.zeros(shape, dtype=np.float32)
-    for number, (_, _, region, score) in enumerate(claims):
-        if score is None:
-            continue
-        wins = score > height[region]
-        owner[region][wins] = number
-        height[region][wins] = score[wins]
-    return owner
-
-
-def _found(structure, coverage, mask, region, exam, alike) -> Found:
-    nothing = Found(structure.name, structure.label, "absent", coverage, None, None, None, None, None)
-    if mask is None or not mask.any():
-        return nothing
-    voxels = np.argwhere(mask[region]) + [s.start for s in region]
-    places = apply(exam.affine, voxels)
+def _found(structure: Structure, coverage: float, place, exam: Volume, alike: "_Likeness") -> Found:
+    if place is None:
+        return Found(structure.name, structure.label, "absent", coverage, None, None, None, None, None, -1)
+    owner, number, count, span = place
     half = np.abs(exam.affine[:3, :3]).sum(axis=1) / 2
-    volume = len(voxels) * abs(np.linalg.det(exam.affine[:3, :3])) / 1000
-    box = (tuple((places.min(axis=0) - half).tolist()), tuple((places.max(axis=0) + half).tolist()))
     return Found(
         name=structure.name,
         label=structure.label,
         status="present" if coverage >= PRESENT else "cut_off",
         coverage=coverage,
         confidence=_confidence(structure, alike),
-        volume_ml=float(volume),
-        centroid_mm=tuple(places.mean(axis=0).tolist()),
-        box_mm=box,
-        mask=mask,
+        volume_ml=float(count * abs(np.linalg.det(exam.affine[:3, :3])) / 1000),
+        centroid_mm=tuple((span[:, 0] / count).tolist()),
+        box_mm=(tuple((span[:, 1] - half).tolist()), tuple((span[:, 2] + half).tolist())),
+        owner=owner,
+        number=number,
     )
 
 

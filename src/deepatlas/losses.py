@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from deepatlas import grid
-from deepatlas.shapes import Features, Mask
-from deepatlas.warp import determinant
+from deepatlas import grid, kernels_cpu
+from deepatlas.shapes import Coordinates, Features, Mask
+from deepatlas.warp import determinants
 
 HUBER_DELTA = 0.5
 """δ of eq. 10, "for all experiments" (§5.1.4)."""
@@ -40,45 +40,93 @@ def correlation(
     The mask enters here and nowhere earlier: multiplied into the images it would print its own edges into both.
 
     Args:
-        window: None: one correlation over the whole exam, as eq. 9 reads. Else over cubes of so many voxels, half
-            overlapping, averaged by how much of the mask each holds. Over the whole exam the contrast of air and
+        window: None: one correlation over the whole exam, as eq. 9 reads. Else over cubes of so many voxels (even),
+            half overlapping, averaged by how much of the mask each holds. Over the whole exam the contrast of air and
             tissue decides and a blurred atlas scores well; in a window the anatomy has to match
             (`docs/recipes.md` has both). A window that is flat in either map counts about 0.
 
     Source: eq. 9; which axes the sums run over is not said.
     """
     weight = mask.to(a.dtype)
-    whole = _moments(a, b, weight, None)
     if window is None:
-        _, covariance, variance_a, variance_b = whole
-        return (covariance / (variance_a * variance_b + 1e-12).sqrt()).mean(dim=1)[:, 0, 0, 0]
-    share, covariance, variance_a, variance_b = _moments(a, b, weight, window)
-    noise_a, noise_b = (FLAT * variance.detach() + 1e-8 for variance in whole[2:])
+        sums = cube_sums(a, b, weight, max(a.shape[2:])).sum(dim=(3, 4, 5), keepdim=True)
+        _, covariance, variance_a, variance_b = _moments(sums)
+        return (covariance / (variance_a * variance_b + 1e-12).sqrt()).mean(dim=1)[:, 0, 0, 0].to(a.dtype)
+    side = window // 2
+    sums = cube_sums(a, b, weight, side)
+    whole = _moments(sums.detach().sum(dim=(3, 4, 5), keepdim=True))
+    noise_a, noise_b = (FLAT * variance + 1e-8 for variance in whole[2:])
+    whole_cubes = [n // side for n in a.shape[2:]]
+    inner = sums[:, :, :, : whole_cubes[0], : whole_cubes[1], : whole_cubes[2]]
+    windows = 8 * F.avg_pool3d(inner.flatten(1, 2), 2, 1).unflatten(1, inner.shape[1:3])
+    total, covariance, variance_a, variance_b = _moments(windows)
     r = covariance / ((variance_a + noise_a) * (variance_b + noise_b)).sqrt()
+    share = total[:, :1] / (2 * side) ** 3
     share = share * (share > 0.05)
-    return ((r.mean(dim=1, keepdim=True) * share).flatten(1).sum(dim=1)) / share.flatten(1).sum(dim=1).clamp_min(1e-6)
+    mean = (r.mean(dim=1, keepdim=True) * share).flatten(1).sum(dim=1) / share.flatten(1).sum(dim=1).clamp_min(1e-6)
+    return mean.to(a.dtype)
 
 
 FLAT = 0.02
 """A window counts as flat where its variance is below this share of the exam's."""
 
 
-def _moments(a: Features, b: Features, weight: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Share of the mask, covariance and both variances, over the whole exam or per window."""
+def cube_sums(
+    a: Features, b: Features, weight: Float[Tensor, "batch 1 i j k"], side: int
+) -> Float[Tensor, "batch channel 6 x y z"]:
+    """Sums of w, wa, wb, waa, wbb and wab over cubes of ``side`` voxels, in float64; the last ones may be smaller.
 
-    def pooled(x: Tensor) -> Tensor:
-        if window is None:
-            return x.mean(dim=(2, 3, 4), keepdim=True)
-        return F.avg_pool3d(x, window, max(1, window // 2))
+    Differentiable in both maps, not in the weight.
+    """
+    if grid.has_kernel(a, b, weight):
+        return _CubeSums.apply(a, b, weight, side)
+    return cube_sums_reference(a, b, weight, side)
 
-    share = pooled(weight)
-    scale = 1 / share.clamp_min(1e-6)
-    masked_a, masked_b = a * weight, b * weight
-    mean_a, mean_b = pooled(masked_a) * scale, pooled(masked_b) * scale
-    covariance = pooled(masked_a * b) * scale - mean_a * mean_b
-    variance_a = (pooled(masked_a * a) * scale - mean_a**2).clamp_min(0)
-    variance_b = (pooled(masked_b * b) * scale - mean_b**2).clamp_min(0)
-    return share, covariance, variance_a, variance_b
+
+def cube_sums_reference(a, b, weight, side: int) -> Tensor:
+    """`cube_sums` in plain PyTorch: what the kernel is held equal to."""
+    a, b, weight = a.double(), b.double(), weight.double().expand_as(a)
+    terms = torch.stack([weight, weight * a, weight * b, weight * a * a, weight * b * b, weight * a * b], dim=2)
+    missing = [-n % side for n in a.shape[2:]]
+    padded = F.pad(terms.flatten(1, 2), (0, missing[2], 0, missing[1], 0, missing[0]))
+    return (side**3 * F.avg_pool3d(padded, side)).unflatten(1, terms.shape[1:3])
+
+
+class _CubeSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, weight, side):
+        ctx.save_for_backward(a, b, weight)
+        ctx.side = side
+        cubes = [-(-n // side) for n in a.shape[2:]]
+        out = torch.zeros(*a.shape[:2], 6, *cubes, dtype=torch.float64)
+        shape = tuple(a.shape[2:])
+        kernels_cpu.moments(grid.flat(a), grid.flat(b), grid.flat(weight), shape, side, out.flatten(3).numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, weight = ctx.saved_tensors
+        want_b = ctx.needs_input_grad[1]
+        grad_a, grad_b = torch.empty_like(a.contiguous()), torch.empty_like(b.contiguous() if want_b else b[:0])
+        kernels_cpu.moments_backward(
+            *(grid.flat(x) for x in (a, b, weight)),
+            tuple(a.shape[2:]),
+            ctx.side,
+            grad.contiguous().flatten(3).numpy(),
+            grad_a.flatten(2).numpy(),
+            grad_b.flatten(2).numpy(),
+            want_b,
+        )
+        return grad_a, grad_b if want_b else None, None, None
+
+
+def _moments(sums: Float[Tensor, "batch channel 6 *cubes"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight, covariance and both variances, from sums as of `cube_sums`."""
+    total, a, b, aa, bb, ab = sums.unbind(2)
+    scale = 1 / total.clamp_min(1e-6)
+    mean_a, mean_b = a * scale, b * scale
+    variance_a, variance_b = ((xx * scale - mean**2).clamp_min(0) for xx, mean in ((aa, mean_a), (bb, mean_b)))
+    return total, ab * scale - mean_a * mean_b, variance_a, variance_b
 
 
 def prewitt(image: Features, spacing_mm: Float[Tensor, "batch 3"]) -> Features:
@@ -104,12 +152,14 @@ def log_determinant(determinants: Tensor, floor: float = FOLDED) -> Tensor:
 
 
 def smoothness(
-    jacobian_mm: Float[Tensor, "batch 3 3 i j k"], mask: Mask
+    field: Coordinates, mm_out: Float[Tensor, "_ 3 3"], mm_in: Float[Tensor, "batch 3 3"], mask: Mask
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
     """How far a warp is from uniform and from locally rigid, under a mask; and its folded share.
 
     Args:
-        jacobian_mm: Jacobian with both sides in isotropic mm: only then is every rotation free.
+        field: a warp or a coordinate map.
+        mm_out, mm_in: linear parts of the frames it leads to and from → mm: only with isotropic units on both sides
+            is every rotation free.
         mask: where it counts.
 
     Returns:
@@ -118,11 +168,15 @@ def smoothness(
     Source: eq. 10 and 11. The printed target log det Ĵ → 1 cannot be reached (unit columns give det ≤ 1); 0, the
     value of every locally conformal map without shear, is meant.
     """
-    det = determinant(jacobian_mm)[:, None]
+    return roughness(*determinants(field, mm_out, mm_in, mask), mask)
+
+
+def roughness(
+    det: Float[Tensor, "batch 1 i j k"], unit: Float[Tensor, "batch 1 i j k"], mask: Mask
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    """`smoothness` from det J and det Ĵ. Source: eq. 10 and 11."""
     uniform = det / masked_mean(det.detach().abs(), mask).clamp_min(1e-6).view(-1, 1, 1, 1, 1)
-    log_det = log_determinant(uniform)
-    columns = jacobian_mm.square().sum(dim=1).clamp_min(1e-12).sqrt().prod(dim=1)[:, None]
-    log_shear = log_determinant(det / columns)
+    log_det, log_shear = log_determinant(uniform), log_determinant(unit)
     mean = masked_mean(log_det, mask).view(-1, 1, 1, 1, 1)
-    roughness = masked_mean(huber(log_det - mean) + huber(log_shear), mask)
-    return roughness, masked_mean((det <= 0).to(det.dtype), mask)
+    rough = masked_mean(huber(log_det - mean) + huber(log_shear), mask)
+    return rough, masked_mean((det <= 0).to(det.dtype), mask)

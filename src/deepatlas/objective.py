@@ -85,8 +85,8 @@ def explicit_terms(
     """``X ∘ Φ_E ~ x_n`` with Φ_E = c_n. Source: §5.1.2, eq. 3 and 13."""
     moved = _warp_atlas(atlas, c_atlas)
     similarity, edges = _similarity(autoencoder, moved, target, exams.foreground, window)
-    jacobian = to_mm(warp.jacobian(c_atlas), atlas.mm_per_atlas, exams.mm_per_box)
-    return Explicit(similarity, edges, *losses.smoothness(jacobian, exams.foreground))
+    smooth, folded = losses.smoothness(c_atlas, atlas.mm_per_atlas, exams.mm_per_box, exams.foreground)
+    return Explicit(similarity, edges, smooth, folded)
 
 
 class ImplicitTerms(NamedTuple):
@@ -122,8 +122,7 @@ def implicit_terms(
     found = warp.implicit(c_p, c_atlas, foreground_p, exams.foreground)
     moved = grid.sample(torch.cat([partner(exams.image), partner(target.edges)], dim=1), found.phi_box)
     similarity, edges = _similarity(autoencoder, (moved[:, :1], moved[:, 1:]), target, found.valid, window)
-    jacobian = to_mm(warp.jacobian(found.phi_box), mm_p, exams.mm_per_box)
-    smooth, _ = losses.smoothness(jacobian, _erode(found.valid))
+    smooth, _ = losses.smoothness(found.phi_box, mm_p, exams.mm_per_box, _erode(found.valid))
     unsolved = _unsolved(c_p, c_atlas, found, foreground_p, exams.foreground)
     solved, reachable, whole = (m.flatten(1).sum(dim=1) for m in (found.valid, found.reachable, exams.foreground))
     overlap = (reachable > LEAST_OVERLAP * whole).to(similarity.dtype)
@@ -147,11 +146,6 @@ def spacing_mm(mm_per_box: Float[Tensor, "batch 3 3"], image: Features) -> Float
     """Millimetres between the nodes of a grid along each axis."""
     steps = torch.tensor([2.0 / (n - 1) for n in image.shape[2:]], dtype=mm_per_box.dtype, device=mm_per_box.device)
     return mm_per_box.norm(dim=1) * steps
-
-
-def to_mm(jacobian: Tensor, mm_out: Tensor, mm_in: Tensor) -> Tensor:
-    """A Jacobian per box unit as one from mm to mm, so that any rotation is free of cost."""
-    return torch.einsum("bac,bcdijk,bde->baeijk", mm_out.expand(len(jacobian), 3, 3), jacobian, torch.linalg.inv(mm_in))
 
 
 def _warp_atlas(atlas: Atlas, c_atlas: Coordinates) -> tuple[Image, Features]:

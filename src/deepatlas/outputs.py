@@ -42,9 +42,13 @@ def label_map(found: dict[str, Found], shape: tuple[int, int, int]) -> np.ndarra
     """
     check_numbers((one.name, one.label) for one in found.values())
     array = np.zeros(shape, dtype=np.int32)
-    for one in found.values():
-        if one.mask is not None:
-            array[one.mask] = one.label
+    together = {id(one.owner): one.owner for one in found.values() if one.owner is not None}
+    for owner in together.values():
+        labels = np.zeros(1 + max(one.number for one in found.values()) + 1, dtype=np.int32)
+        for one in found.values():
+            if one.owner is owner:
+                labels[one.number] = one.label  # the last entry stays 0 and is that of -1
+        array = np.where(owner >= 0, labels[owner], array)
     return array
 
 

@@ -27,6 +27,7 @@ from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import Augmentation, ConsolidationStage, Preset
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.fitting import fit
+from deepatlas.machine import denormals_are_zero, keep_freed_memory
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, likeness, objective
 from deepatlas.prepare import fixed_extent_mm, window
@@ -36,7 +37,7 @@ LOG = logging.getLogger(__name__)
 LOG_EVERY = 20
 CONVERGED_ALARM = 0.6
 NOT_FINITE_IN_A_ROW = 10
-ATLAS_STEPS, ATLAS_RATE = 5, 0.002
+ATLAS_STEPS, ATLAS_RATE = 8, 0.002
 """Steps of the atlas for every batch of exams that maps were fitted to."""
 
 
@@ -114,12 +115,13 @@ def pretrain(
     if not resume and ((out / "model.json").exists() or begun):
         raise ModelError(f"{out} already holds a model or a training; add --resume, or choose another folder.")
     base = checkpoint.load(start_from) if start_from else None
-    run = _Run.begin(data, preset, seed_exam, base, device)
+    run = Run.begin(data, preset, seed_exam, base, device)
     settings = json.loads(json.dumps({"preset": asdict(preset), "exams": data.names, "seed_exam": run.seed_name}))
     training.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     first = run.restore(training, settings) if resume else (0, 0)
     stages = run.stages()
-    with _csv_log(training / "log.csv", append=resume) as write_row, _denormals_are_zero():
+    with _csv_log(training / "log.csv", append=resume) as write_row, denormals_are_zero():
         report = _Reporter(stages, first, on_progress, write_row)
         saved = time.monotonic()
         for number, (name, steps, step_of) in enumerate(stages):
@@ -161,17 +163,7 @@ def familiar(model: Model, data: Cohorted) -> Model:
     return replace(model, familiar=FAMILIAR_SHARE * float(np.quantile(means, 0.05)))
 
 
-@contextmanager
-def _denormals_are_zero() -> Iterator[None]:
-    """Air is exactly 0 in most of a batch, and its gradients would be denormal numbers, slow by a factor of 3."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
-class _Run:
+class Run:
     """The networks, the atlas and the optimiser of a training. Every step draws its chance from stage and step."""
 
     def __init__(self, data: Cohorted, preset: Preset, seed_index: int, device: str) -> None:
@@ -197,7 +189,7 @@ class _Run:
         """Maps fitted to the exams, on the finest level's grid; filled by the first fitting."""
 
     @classmethod
-    def begin(cls, data: Cohorted, preset: Preset, seed_exam: str | None, base: Model | None, device: str) -> "_Run":
+    def begin(cls, data: Cohorted, preset: Preset, seed_exam: str | None, base: Model | None, device: str) -> "Run":
         """A fresh training, or one that goes on from a trained model."""
         if seed_exam is not None and seed_exam not in data.names:
             raise CohortError(
@@ -226,7 +218,7 @@ class _Run:
         """Name, steps and step function of every stage, in order."""
         preset, coarsest = self.preset, self.network.coarsest
         levels = [
-            (f"level {preset.network.sizes[coarsest - n]}³", stage.steps, self._level_step)
+            (f"level {preset.network.sizes[coarsest - n]}³", stage.steps, self.level_step)
             for n, stage in enumerate(preset.levels)
         ]
         batches = -(-len(self.data.names) // preset.batch)
@@ -238,7 +230,7 @@ class _Run:
             return rounds or levels[-1:]
         return [
             ("autoencoder", preset.autoencoder.steps, self._autoencoder_step),
-            ("warm start", preset.warm.steps, self._warm_step),
+            ("warm start", preset.warm.steps, self.warm_step),
             *levels,
             *rounds,
         ]
@@ -289,7 +281,8 @@ class _Run:
     def _consolidation_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
         """The fitted maps, bent and turned with the exams, as targets of the finest level."""
         exams = _batch(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)
-        view = self._view(exams, self._chance(number, step), bend=stage.bend)
+        gentle = self.preset.augmentation.gentler(stage.gentle)
+        view = self._view(exams, self._chance(number, step), gentle, stage.bend)
         shape = tuple(self.targets.shape[2:])
         truth = grid.sample(self.targets[exams], grid.resize(view.places_box, shape))
         weight = grid.resize(view.foreground.float(), shape)
@@ -322,7 +315,7 @@ class _Run:
         self._descend(loss, self.autoencoder, stage.rate * self._decay(step))
         return {"loss": float(loss.detach())}
 
-    def _warm_step(self, number: int, step: int) -> dict[str, float]:
+    def warm_step(self, number: int, step: int) -> dict[str, float]:
         """Crops of the seed exam, whose coordinates are known: `MARGIN` times the place in the seed's box."""
         stage, generator = self.preset.warm, self._chance(number, step)
         view = self._view([self.seed_index] * stage.batch, generator, Augmentation(), stage.bend, self.crops)
@@ -335,7 +328,7 @@ class _Run:
         mm_per_box = self.seed_box_to_mm[:3, :3].norm(dim=0).mean()
         return {"loss": float(error.detach()), "rms_mm": float(error.detach().sqrt() / MARGIN * mm_per_box)}
 
-    def _level_step(self, number: int, step: int) -> dict[str, float]:
+    def level_step(self, number: int, step: int) -> dict[str, float]:
         stage = self.preset.levels[self.network.coarsest - self.level]
         clock = [time.perf_counter()]
         exams = _batch(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)

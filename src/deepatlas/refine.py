@@ -10,6 +10,7 @@ from deepatlas.checkpoint import Model
 from deepatlas.config import Fitting, Weights
 from deepatlas.fitting import fit
 from deepatlas.locate import Embedded
+from deepatlas.machine import denormals_are_zero
 from deepatlas.objective import Atlas, Exams
 
 
@@ -30,6 +31,7 @@ def refine(model: Model, embedded: Embedded, how: Fitting | None = None, weights
     )
     atlas = Atlas(model.atlas, model.atlas_to_mm[None, :3, :3].float())
     start = grid.resize(embedded.c_atlas, shape)
-    found = fit(start, exam, atlas, model.autoencoder, weights or Weights(), how)
+    with denormals_are_zero():
+        found = fit(start, exam, atlas, model.autoencoder, weights or Weights(), how)
     c_atlas = embedded.c_atlas + grid.resize(found.residual, tuple(embedded.c_atlas.shape[2:]))
     return Embedded(embedded.prepared, c_atlas.clamp(-1, 1))

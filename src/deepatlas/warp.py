@@ -38,8 +38,81 @@ def jacobian(field: Coordinates) -> Float[Tensor, "batch 3 3 i j k"]:
 
 def determinant(matrix: Float[Tensor, "batch 3 3 *points"]) -> Float[Tensor, "batch *points"]:
     """det of the 3×3 matrices on axes 1 and 2."""
-    first, second, third = matrix[:, 0], matrix[:, 1], matrix[:, 2]
-    return (first * torch.linalg.cross(second, third, dim=1)).sum(dim=1)
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(1) for row in matrix.unbind(1))
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+
+
+def to_mm(
+    jacobian: Float[Tensor, "batch 3 3 *points"], mm_out: Float[Tensor, "_ 3 3"], mm_in: Float[Tensor, "batch 3 3"]
+) -> Float[Tensor, "batch 3 3 *points"]:
+    """A Jacobian per box unit as one from mm to mm, so that any rotation is free of cost."""
+    turned = mm_out.expand(len(jacobian), 3, 3) @ jacobian.flatten(2)
+    turned = turned.unflatten(2, (3, -1)).transpose(1, 2).flatten(2)
+    return (torch.linalg.inv(mm_in).mT @ turned).unflatten(2, (3, -1)).transpose(1, 2).reshape(jacobian.shape)
+
+
+def determinants(
+    field: Coordinates, mm_out: Float[Tensor, "_ 3 3"], mm_in: Float[Tensor, "batch 3 3"], mask: Mask
+) -> tuple[Float[Tensor, "batch 1 i j k"], Float[Tensor, "batch 1 i j k"]]:
+    """det J, the change of volume, and det Ĵ, with its columns made unit vectors; both from mm to mm.
+
+    Args:
+        field: a warp or a coordinate map.
+        mm_out, mm_in: linear parts of the frames it leads to and from → mm.
+        mask: where they are wanted; elsewhere they are 1, and without a gradient.
+
+    Source: eq. 11.
+    """
+    if grid.has_kernel(field, mm_in):
+        out_mm = mm_out.to(field.dtype).expand(len(field), 3, 3).contiguous()
+        return _Determinants.apply(field, out_mm, torch.linalg.inv(mm_in).contiguous(), mask)
+    return determinants_reference(field, mm_out, mm_in, mask)
+
+
+def determinants_reference(field, mm_out, mm_in, mask) -> tuple[Tensor, Tensor]:
+    """`determinants` in plain PyTorch: what the kernel is held equal to."""
+    det, unit = both_determinants(to_mm(jacobian(field), mm_out, mm_in))
+    return torch.where(mask, det, 1.0), torch.where(mask, unit, 1.0)
+
+
+def both_determinants(matrix: Float[Tensor, "batch 3 3 *points"]) -> tuple[Tensor, Tensor]:
+    """det J and det Ĵ of Jacobians, (batch, 1, *points)."""
+    det = determinant(matrix)[:, None]
+    return det, det / matrix.square().sum(dim=1).clamp_min(1e-12).prod(dim=1)[:, None].sqrt()
+
+
+class _Determinants(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, field, out_mm, in_mm, mask):
+        wanted = mask.expand(len(field), *mask.shape[1:]).bool()
+        det, unit = (torch.empty_like(field[:, :1], memory_format=torch.contiguous_format) for _ in range(2))
+        ctx.save_for_backward(field, out_mm, in_mm, wanted)
+        kernels_cpu.determinants(
+            grid.flat(field),
+            tuple(field.shape[2:]),
+            out_mm.numpy(),
+            in_mm.numpy(),
+            grid.flat(wanted)[:, 0],
+            grid.flat(det)[:, 0],
+            grid.flat(unit)[:, 0],
+        )
+        return det, unit
+
+    @staticmethod
+    def backward(ctx, grad_det, grad_unit):
+        field, out_mm, in_mm, wanted = ctx.saved_tensors
+        buffers = torch.zeros(kernels_cpu.parts_for(len(field)), len(field), 3, field[0, 0].numel(), dtype=field.dtype)
+        kernels_cpu.determinants_backward(
+            grid.flat(field),
+            tuple(field.shape[2:]),
+            out_mm.numpy(),
+            in_mm.numpy(),
+            grid.flat(wanted)[:, 0],
+            grid.flat(grad_det)[:, 0],
+            grid.flat(grad_unit)[:, 0],
+            buffers.numpy(),
+        )
+        return buffers.sum(0).view_as(field), None, None, None
 
 
 def linear_part(c_atlas: Coordinates, foreground: Mask | None = None) -> Float[Tensor, "batch 4 4"]:
