@@ -1,13 +1,14 @@
 # make demo    install, train on embedded phantoms, find structures in unseen ones, write demo/report.html
 # make test    install, run the tests
 # make check   lint and format, as the pre-commit hooks do
+# make bench   speed, as ratios of two things measured side by side; make bench-peers: against ANTs and elastix
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench bench-peers clean
 
 demo: $(READY)
 	$(BIN)/deepatlas demo -o demo --overwrite
@@ -20,6 +21,17 @@ check: $(READY)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 
+bench: $(READY)
+	$(BIN)/python -m benchmarks --json bench.json
+
+bench-peers: $(READY) .peers/.ready
+	$(BIN)/python -m benchmarks --rows vs_ants,vs_elastix --json bench-peers.json
+
+.peers/.ready:
+	$(PYTHON) -m venv .peers
+	.peers/bin/python -m pip install --quiet --disable-pip-version-check antspyx itk-elastix
+	@touch .peers/.ready
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("deepatlas needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
@@ -27,4 +39,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .peers demo

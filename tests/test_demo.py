@@ -57,7 +57,7 @@ def test_the_report_holds_the_numbers_of_both(shown):
     out, results, _ = shown
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") == 2  # one exam and the training curve
-    for side in ("ours", "affine"):
+    for side in ("ours", "plain", "affine"):
         assert f"{results[side]['mean_dice']:.3f}" in page
         assert f"{results[side]['median_mm']:.1f}" in page
     assert "liver" in page
@@ -69,7 +69,7 @@ def test_a_poor_model_is_said_to_miss_the_goals(shown):
     assert results["ours"]["mean_dice"] < 0.75
     assert any("misses the goals" in line for line in demo.summary(results))
     good = results | {"remarks": []}
-    assert len(demo.summary(good)) == 2
+    assert len(demo.summary(good)) == 3
 
 
 def true_map(exam, first, box_to_mm):

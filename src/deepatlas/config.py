@@ -103,15 +103,23 @@ class LevelStage:
 
 @dataclass(frozen=True)
 class Fitting:
-    """Fitting a smooth residual to single exams; ours, see `deepatlas.fitting`."""
+    """Fitting a smooth residual to single exams; ours, see `deepatlas.fitting`.
 
-    steps: int = 40
-    rate: float = 0.006
+    A single exam has nothing to average its errors away, so the defaults hold the map smoother than training does.
+    """
+
+    steps: int = 60
+    rate: float = 0.008
     """Adam's rate, in atlas units."""
-    nodes: int = 12
+    nodes: int = 8
     """Nodes of the residual along each axis."""
-    size: int = 48
+    size: int = 64
     """Nodes of the grid on which images are compared."""
+    window: int = 16
+    smooth: float = 1.0
+    """These two in place of the training's window and weight of smoothness."""
+    atlas_steps: int = 8
+    """In training, steps of the atlas for every batch of exams that maps were fitted to."""
 
 
 @dataclass(frozen=True)
@@ -165,31 +173,33 @@ CPU = Preset(
         LevelStage(steps=600, rate=0.003, warm_up=40, loss_size=32),
     ),
     consolidation=(
-        ConsolidationStage(Fitting(steps=30, rate=0.008), steps=1200, rate=0.002),
-        ConsolidationStage(Fitting(steps=20, rate=0.006), steps=1200, rate=0.0015),
+        ConsolidationStage(Fitting(steps=30, nodes=12, size=48, window=8, smooth=0.3), steps=1200),
+        ConsolidationStage(Fitting(steps=20, nodes=12, size=48, window=8, smooth=0.3), steps=1200),
+        ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1200),
+        ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1600),
     ),
     batch=8,
     atlas_size=64,
     decay=0.94,
     augmentation=Augmentation(scale=0.2, rotation=0.3, translation=0.15),
 )
-"""For two CPU cores and about an hour."""
+"""For two CPU cores and about two hours."""
 
 DEMO = Preset(
     name="demo",
     network=NetworkConfig(widths=(12, 24, 48, 64), head_channels=16, stem_stride=2, groups=4),
-    autoencoder=AutoencoderStage(steps=100, batch=8, rate=0.005),
+    autoencoder=AutoencoderStage(steps=60, batch=8, rate=0.005),
     warm=WarmStage(steps=400, batch=8, rate=0.004),
     levels=(
-        LevelStage(steps=100, rate=0.004, warm_up=20, loss_size=32),
+        LevelStage(steps=60, rate=0.004, warm_up=20, loss_size=32),
         LevelStage(steps=140, rate=0.003, warm_up=20, loss_size=32),
     ),
     consolidation=(
-        ConsolidationStage(Fitting(steps=40, rate=0.008, size=32), steps=350, rate=0.002),
-        ConsolidationStage(Fitting(steps=40, rate=0.006, size=32), steps=350, rate=0.0015),
+        ConsolidationStage(Fitting(steps=40, size=48, window=12, atlas_steps=20), steps=300, rate=0.003),
+        ConsolidationStage(Fitting(steps=40, size=48, window=12, atlas_steps=20), steps=200),
     ),
     batch=8,
-    atlas_size=64,
+    atlas_size=96,
     decay=0.9,
     augmentation=Augmentation(scale=0.15, rotation=0.15, translation=0.1),
 )

@@ -5,6 +5,7 @@ steps on the exam itself take it. `pretrain` teaches the network what was found 
 one exam at test time.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ def fit(
 
     Source: ours, on §5.1.2 (eq. 3).
     """
+    weights = replace(weights, window=how.window, smooth_explicit=how.smooth)
     start = c_atlas.detach()
     target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
     residual = torch.zeros(len(start), 3, *(how.nodes,) * 3, device=start.device, requires_grad=True)

@@ -171,7 +171,7 @@ def draw_deformation(rng: np.random.Generator, tilt_degrees: float = 11.0, stren
     """Draw how one patient lies and is built.
 
     A turn of up to 11 degrees about z and up to `tilt_degrees` about x and y, a shift, stature and girth (width and
-    depth apart) of 0.85 to 1.15, six waves of 110 to 260 mm, and organs that move by themselves. The waves and bumps
+    depth apart) of 0.85 to 1.15, six waves of 180 to 480 mm, and organs that move by themselves. The waves and bumps
     are multiplied by `strength`, then scaled down together until the determinant of the change
     of shape is above 0.3 on a 20 mm grid.
     """
@@ -185,9 +185,9 @@ def draw_deformation(rng: np.random.Generator, tilt_degrees: float = 11.0, stren
     count = 6
     directions = rng.standard_normal((count, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    wavelengths_mm = np.linspace(110, 260, count) * rng.uniform(0.92, 1.08, count)
+    wavelengths_mm = np.linspace(180, 480, count) * rng.uniform(0.92, 1.08, count)
     amplitudes = rng.standard_normal((count, 3))
-    amplitudes *= (0.028 * wavelengths_mm * rng.uniform(0.7, 1.3, count))[:, None] / np.linalg.norm(
+    amplitudes *= (0.022 * wavelengths_mm * rng.uniform(0.7, 1.3, count))[:, None] / np.linalg.norm(
         amplitudes, axis=1, keepdims=True
     )
     moving = len(_MOVING)

@@ -37,8 +37,8 @@ LOG = logging.getLogger(__name__)
 LOG_EVERY = 20
 CONVERGED_ALARM = 0.6
 NOT_FINITE_IN_A_ROW = 10
-ATLAS_STEPS, ATLAS_RATE = 8, 0.002
-"""Steps of the atlas for every batch of exams that maps were fitted to."""
+ATLAS_RATE = 0.002
+"""Of the atlas while maps are fitted."""
 
 
 class Progress(NamedTuple):
@@ -269,7 +269,7 @@ class Run:
         found = fit(start, views, atlas, self.autoencoder, weights, stage.fitting)
         fitted = start + grid.resize(found.residual, shape)
         target = autoencoder_features(self.autoencoder, views.image, views.mm_per_box)
-        for _ in range(ATLAS_STEPS):
+        for _ in range(stage.fitting.atlas_steps):
             atlas = Atlas(self.atlas, mm_per_atlas)
             terms = explicit_terms(fitted, views, atlas, self.autoencoder, target, weights.window)
             loss = (weights.explicit * terms.similarity + weights.edges * terms.edges).mean()
