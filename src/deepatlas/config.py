@@ -108,7 +108,7 @@ class Fitting:
     A single exam has nothing to average its errors away, so the defaults hold the map smoother than training does.
     """
 
-    steps: int = 60
+    steps: int = 40
     rate: float = 0.008
     """Adam's rate, in atlas units."""
     nodes: int = 8
@@ -177,6 +177,7 @@ CPU = Preset(
         ConsolidationStage(Fitting(steps=20, nodes=12, size=48, window=8, smooth=0.3), steps=1200),
         ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1200),
         ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1600),
+        ConsolidationStage(Fitting(steps=15, nodes=12, window=8, smooth=0.3), steps=1200),
     ),
     batch=8,
     atlas_size=64,
@@ -195,8 +196,8 @@ DEMO = Preset(
         LevelStage(steps=140, rate=0.003, warm_up=20, loss_size=32),
     ),
     consolidation=(
-        ConsolidationStage(Fitting(steps=40, size=48, window=12, atlas_steps=20), steps=300, rate=0.003),
-        ConsolidationStage(Fitting(steps=40, size=48, window=12, atlas_steps=20), steps=200),
+        ConsolidationStage(Fitting(steps=30, size=48, window=12, atlas_steps=20), steps=300, rate=0.003),
+        ConsolidationStage(Fitting(steps=30, size=48, window=12, atlas_steps=20), steps=200),
     ),
     batch=8,
     atlas_size=96,
