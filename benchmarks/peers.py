@@ -76,16 +76,15 @@ def _ours() -> dict:
 
     import deepatlas
     from deepatlas.files import read_exam, read_labels
-    from deepatlas.locate import define, embed, locate
+    from deepatlas.locate import define, locate
     from deepatlas.outputs import label_map
-    from deepatlas.refine import refine
 
     exams = _exams()
     torch.set_num_threads(int(THREADS))
     model = deepatlas.load("head-neck-ct")
     seed = read_exam(exams[SEED][0])
     labels = read_labels(exams[SEED][1], like=seed)
-    model = define(model, [(seed, labels)], _names(), [refine(model, embed(model, seed))])
+    model = define(model, [(seed, labels)], _names())
     seconds, scores = [], []
     for turn, name in enumerate((EXAMS[0], *EXAMS)):  # the first once more, to compile
         exam = read_exam(exams[name][0])

@@ -245,3 +245,10 @@ def test_where_nothing_changes_there_are_no_edges_and_the_gradient_is_finite():
     edges = losses.prewitt(image, torch.tensor([[1.0, 2.0, 3.0]]))
     assert edges.max() < 2e-4
     assert torch.isfinite(torch.autograd.grad(edges.sum(), image)[0]).all()
+
+
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_a_window_that_cannot_be_halved_is_refused(window):
+    a = draw(20, 1, 1, *SHAPE)
+    with pytest.raises(ValueError, match="even window"):
+        losses.correlation(a, a, ball(0.9), window)

@@ -116,6 +116,7 @@ class Fitting:
     size: int = 64
     """Nodes of the grid on which images are compared."""
     window: int = 16
+    """Even, and even when halved."""
     smooth: float = 1.0
     """These two in place of the training's window and weight of smoothness."""
     atlas_steps: int = 8
@@ -174,7 +175,9 @@ CPU = Preset(
     ),
     consolidation=(
         ConsolidationStage(Fitting(steps=30, nodes=12, size=48, window=8, smooth=0.3), steps=1200),
-        ConsolidationStage(Fitting(steps=20, nodes=12, size=48, window=8, smooth=0.3), steps=1200),
+        ConsolidationStage(
+            Fitting(steps=20, rate=0.006, nodes=12, size=48, window=8, smooth=0.3), steps=1200, rate=0.0015
+        ),
         ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1200),
         ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1600),
         ConsolidationStage(Fitting(steps=15, nodes=12, window=8, smooth=0.3), steps=1200),

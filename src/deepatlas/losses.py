@@ -45,8 +45,13 @@ def correlation(
             tissue decides and a blurred atlas scores well; in a window the anatomy has to match
             (`docs/recipes.md` has both). A window that is flat in either map counts about 0.
 
+    Raises:
+        ValueError: a window that is odd or smaller than 2 cannot be halved.
+
     Source: eq. 9; which axes the sums run over is not said.
     """
+    if window is not None and (window < 2 or window % 2):
+        raise ValueError(f"Expected an even window of at least 2 voxels, got {window}.")
     weight = mask.to(a.dtype)
     if window is None:
         sums = cube_sums(a, b, weight, max(a.shape[2:])).sum(dim=(3, 4, 5), keepdim=True)

@@ -44,11 +44,11 @@ def label_map(found: dict[str, Found], shape: tuple[int, int, int]) -> np.ndarra
     array = np.zeros(shape, dtype=np.int32)
     together = {id(one.owner): one.owner for one in found.values() if one.owner is not None}
     for owner in together.values():
-        labels = np.zeros(1 + max(one.number for one in found.values()) + 1, dtype=np.int32)
+        labels = np.zeros(int(owner.max()) + 2, dtype=np.int32)  # the last entry stays 0 and is that of -1
         for one in found.values():
             if one.owner is owner:
-                labels[one.number] = one.label  # the last entry stays 0 and is that of -1
-        array = np.where(owner >= 0, labels[owner], array)
+                labels[one.number] = one.label
+        array = np.where(labels[owner] != 0, labels[owner], array)
     return array
 
 
