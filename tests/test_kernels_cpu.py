@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deepatlas import grid, kernels_cpu, losses, warp
+from deepatlas.kernels_cpu import inversion, sampling
 
 SHAPE = (7, 5, 6)
 COUNT = 2500  # more than two chunks, and no multiple of one
@@ -61,26 +62,35 @@ def test_parts_give_every_thread_work_and_no_more(monkeypatch):
         assert kernels_cpu.parts_for(batch) == parts
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_number_of_channels_is_sampled_as_by_the_plain_form(channels, dtype):
+    results = []
+    for form in (grid.sample, grid.sample_reference):
+        field = draw(3, 2, channels, *SHAPE, dtype=dtype).requires_grad_()
+        where = (0.8 * draw(4, 2, 3, COUNT, dtype=dtype)).requires_grad_()
+        values = form(field, where)
+        results.append((values, *torch.autograd.grad(values, (field, where), draw(5, *values.shape, dtype=dtype))))
+    close = 2e-5 if dtype == torch.float32 else 1e-10
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=close, rtol=close)
+
+
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_the_parts_of_an_adjoint_add_up_to_the_whole(parts):
     field, where = draw(3, 2, 3, *SHAPE), draw(4, 2, 3, COUNT)
     grad = draw(5, 2, 3, COUNT)
-    results = []
-    for n in (1, parts):
-        to_points, buffers = np.empty((2, 3, COUNT)), np.zeros((n, 2, 3, np.prod(SHAPE)))
-        kernels_cpu.sample_backward(
-            grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad), to_points, buffers, True, True
-        )
-        assert all(part.any() for part in buffers)
-        results.append((to_points, buffers.sum(axis=0)))
-    np.testing.assert_array_equal(results[0][0], results[1][0])
-    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-10)
+    given = grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad), True, True
+    (whole, to_points), (together, same) = (kernels_cpu.sample_backward(*given, parts=n) for n in (1, parts))
+    np.testing.assert_array_equal(to_points, same)
+    np.testing.assert_allclose(whole, together, atol=1e-10)
 
 
 def test_the_number_of_threads_does_not_change_a_training_gradient(monkeypatch):
     gradients = []
     for parts in (1, 5):
-        monkeypatch.setattr(kernels_cpu, "parts_for", lambda batch, parts=parts: parts)
+        for module in (sampling, inversion):
+            monkeypatch.setattr(module, "parts_for", lambda batch, parts=parts: parts)
         c_p, c_q = bent_map(2, torch.float64).requires_grad_(), (bent_map(2, torch.float64) * 0.7).requires_grad_()
         phi = warp.implicit(c_p, c_q).phi_box
         moved = grid.sample(c_p, phi)
@@ -91,14 +101,13 @@ def test_the_number_of_threads_does_not_change_a_training_gradient(monkeypatch):
 
 def test_only_what_is_wanted_is_computed():
     field, where, grad = draw(7, 1, 2, *SHAPE), draw(8, 1, 3, 50), draw(9, 1, 2, 50)
-    to_points, none = np.full((1, 3, 50), 7.0), np.zeros((1, 1, 2, 0))
     given = grid.flat(field), SHAPE, grid.flat(where), grid.flat(grad)
-    kernels_cpu.sample_backward(*given, to_points, none, True, False)
-    assert (to_points != 7).all()
-    untouched, buffers = np.full((1, 3, 50), 7.0), np.zeros((1, 1, 2, np.prod(SHAPE)))
-    kernels_cpu.sample_backward(*given, untouched, buffers, False, True)
-    assert (untouched == 7).all()
-    assert np.isclose(buffers.sum(), grad.sum())
+    none, to_points = kernels_cpu.sample_backward(*given, False, True)
+    assert none is None
+    assert to_points.any()
+    to_field, none = kernels_cpu.sample_backward(*given, True, False)
+    assert none is None
+    assert np.isclose(to_field.sum(), grad.sum())
 
 
 def test_the_solver_is_its_reference(problem):
@@ -142,8 +151,7 @@ def test_the_gradient_of_the_solver_is_its_reference(problem, parts):
     c_p, target, active, forward, _ = problem
     y, _, _ = invert(*problem, steps=12)
     grad, floor = draw(10, *target.shape, dtype=c_p.dtype), warp._floor(forward)
-    buffers, to_target = np.zeros((parts, 2, 3, np.prod(SHAPE)), grid.flat(c_p).dtype), torch.zeros_like(target)
-    kernels_cpu.invert_backward(
+    to_target, to_field = kernels_cpu.invert_backward(
         grid.flat(c_p),
         SHAPE,
         grid.flat(y),
@@ -151,15 +159,14 @@ def test_the_gradient_of_the_solver_is_its_reference(problem, parts):
         forward[:, :3, :3].contiguous().numpy(),
         floor.numpy(),
         grid.flat(grad),
-        to_target.numpy(),
-        buffers,
+        parts=parts,
     )
     tolerance = 1e-9 if c_p.dtype == torch.float64 else 2e-3
     expected = warp._implicit_gradient(c_p, y, active, forward, floor, grad)
-    torch.testing.assert_close(to_target, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(torch.from_numpy(to_target), expected, atol=tolerance, rtol=tolerance)
     pushed = -grid.splat(expected, y, SHAPE)
     torch.testing.assert_close(
-        torch.from_numpy(buffers.sum(axis=0)).view_as(pushed), pushed, atol=10 * tolerance, rtol=tolerance
+        torch.from_numpy(to_field).view_as(pushed), pushed, atol=10 * tolerance, rtol=tolerance
     )
 
 

@@ -128,20 +128,10 @@ class _Sample(torch.autograd.Function):
 
 
 def _sample_backward(field: Tensor, coords: Tensor, grad: Tensor, want_field: bool, want_points: bool):
-    batch, channels, shape = field.shape[0], field.shape[1], tuple(field.shape[2:])
-    parts = kernels_cpu.parts_for(batch) if want_field else max(1, torch.get_num_threads())
-    nodes = shape[0] * shape[1] * shape[2] if want_field else 0
-    buffers = torch.zeros(parts, batch, channels, nodes, dtype=field.dtype)
-    grad_points = torch.empty(coords.shape if want_points else (batch, 3, 0), dtype=field.dtype)
-    kernels_cpu.sample_backward(
-        flat(field),
-        shape,
-        flat(coords),
-        flat(grad),
-        grad_points.flatten(2).numpy(),
-        buffers.numpy(),
-        want_points,
-        want_field,
+    shape = tuple(field.shape[2:])
+    found = kernels_cpu.sample_backward(flat(field), shape, flat(coords), flat(grad), want_field, want_points)
+    to_field, to_points = (None if part is None else torch.from_numpy(part) for part in found)
+    return (
+        None if to_field is None else to_field.view_as(field),
+        None if to_points is None else to_points.view(coords.shape),
     )
-    grad_field = (buffers[0] if parts == 1 else buffers.sum(0)).view(batch, channels, *shape) if want_field else None
-    return grad_field, (grad_points if want_points else None)

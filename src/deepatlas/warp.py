@@ -231,22 +231,17 @@ class _Invert(torch.autograd.Function):
     def backward(ctx, grad, _residual, _det):
         c_p, y, active, forward, floor = ctx.saved_tensors
         if grid.has_kernel(c_p, y):
-            shape, batch = tuple(c_p.shape[2:]), c_p.shape[0]
-            parts = kernels_cpu.parts_for(batch)
-            buffers = torch.zeros(parts, batch, 3, c_p[0, 0].numel(), dtype=c_p.dtype)
-            grad_target = torch.zeros_like(y)
-            kernels_cpu.invert_backward(
+            found = kernels_cpu.invert_backward(
                 grid.flat(c_p),
-                shape,
+                tuple(c_p.shape[2:]),
                 grid.flat(y),
                 active[:, 0].contiguous().numpy(),
                 forward[:, :3, :3].contiguous().numpy(),
                 floor.numpy(),
                 grid.flat(grad),
-                grad_target.numpy(),
-                buffers.numpy(),
             )
-            grad_p = buffers.sum(0).view(batch, 3, *shape)
+            grad_target, grad_p = (torch.from_numpy(part) for part in found)
+            grad_p = grad_p.view(c_p.shape)
         else:
             grad_target = _implicit_gradient(c_p, y, active, forward, floor, grad)
             grad_p = -grid.splat(grad_target, y, tuple(c_p.shape[2:]))

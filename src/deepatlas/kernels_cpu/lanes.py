@@ -1,0 +1,205 @@
+"""Four numbers of one type as one Numba value: a load, a store and an operation each for all four at once.
+
+A node of a field with up to four channels is a row of four; trilinear arithmetic on rows needs a quarter of the
+instructions. Kernels written with `load`, `store` and `total` serve both forms, as the rank of the array decides at
+compile time: ``(node, 4)`` gives lanes, ``(node,)`` plain numbers.
+
+Compilers find such code in loops by themselves, but not across the gathers of a sampler.
+"""
+
+import operator
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.core.datamodel.models import PrimitiveModel
+from numba.extending import intrinsic, overload, register_model
+
+LANES = 4
+_ROUNDING = ("contract",)
+_INDEX = ir.IntType(32)
+
+
+class Four(types.Type):
+    """The Numba type of four lanes."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Four({dtype})")
+
+
+@register_model(Four)
+class _FourModel(PrimitiveModel):
+    def __init__(self, manager, kind: Four) -> None:
+        super().__init__(manager, kind, ir.VectorType(manager.lookup(kind.dtype).get_value_type(), LANES))
+
+
+def _address(context, builder, kind, array, row):
+    """Pointer to a row of an array (row, 4) as a vector, and the alignment of a single number."""
+    data = context.make_array(kind)(context, builder, array)
+    shape, strides = (cgutils.unpack_tuple(builder, part) for part in (data.shape, data.strides))
+    first = [row, context.get_constant(types.intp, 0)]
+    pointer = cgutils.get_item_pointer2(context, builder, data.data, shape, strides, kind.layout, first)
+    vector = context.get_value_type(Four(kind.dtype))
+    align = context.get_abi_sizeof(context.get_value_type(kind.dtype))
+    return builder.bitcast(pointer, ir.PointerType(vector)), align
+
+
+@intrinsic
+def _load(_, rows, row):
+    def generate(context, builder, signature, args):
+        pointer, align = _address(context, builder, signature.args[0], *args)
+        return builder.load(pointer, align=align)
+
+    return Four(rows.dtype)(rows, types.intp), generate
+
+
+@intrinsic
+def _store(_, rows, row, value):
+    def generate(context, builder, signature, args):
+        pointer, align = _address(context, builder, signature.args[0], *args[:2])
+        builder.store(args[2], pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.intp, value), generate
+
+
+@intrinsic
+def _spread(_, number):
+    def generate(context, builder, signature, args):
+        vector = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
+        for place in range(LANES):
+            vector = builder.insert_element(vector, args[0], ir.Constant(_INDEX, place))
+        return vector
+
+    return Four(number)(number), generate
+
+
+@intrinsic
+def lane(_, four, place):
+    """One of the four numbers; ``place`` is a literal."""
+    if not isinstance(place, types.IntegerLiteral):
+        return None
+
+    def generate(context, builder, signature, args):
+        return builder.extract_element(args[0], ir.Constant(_INDEX, place.literal_value))
+
+    return four.dtype(four, place), generate
+
+
+def _operation(operation, instruction: str) -> None:
+    @intrinsic
+    def both(_, a, b):
+        def generate(context, builder, signature, args):
+            return getattr(builder, instruction)(*args, flags=_ROUNDING)
+
+        return a(a, b), generate
+
+    @overload(operation, inline="always")
+    def mixed(a, b):
+        if isinstance(a, Four) and isinstance(b, Four):
+            return lambda a, b: both(a, b)
+        if isinstance(a, Four) and b == a.dtype:
+            return lambda a, b: both(a, _spread(b))
+        return None
+
+
+for _operator, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _operation(_operator, _instruction)
+
+
+def load(rows, row):
+    """The row of a node: four lanes of an array (node, 4), a number of an array (node,)."""
+    raise NotImplementedError  # compiled code only
+
+
+def store(rows, row, value):
+    """Write what `load` reads."""
+    raise NotImplementedError
+
+
+def total(value):
+    """Sum of the lanes; a number is its own."""
+    raise NotImplementedError
+
+
+@overload(load, inline="always")
+def _(rows, row):
+    return (lambda rows, row: _load(rows, row)) if rows.ndim == 2 else (lambda rows, row: rows[row])
+
+
+@overload(store, inline="always")
+def _(rows, row, value):
+    if rows.ndim == 2:
+        return lambda rows, row, value: _store(rows, row, value)
+
+    def plain(rows, row, value):
+        rows[row] = value
+
+    return plain
+
+
+@overload(total, inline="always")
+def _(value):
+    if isinstance(value, Four):
+        return lambda value: (lane(value, 0) + lane(value, 1)) + (lane(value, 2) + lane(value, 3))
+    return lambda value: value
+
+
+_BLOCK = 4096
+
+
+def pack(field: np.ndarray) -> np.ndarray:
+    """A field (batch, channel, node) as rows (batch, group, node, 4), the last group filled up with zeros.
+
+    A single channel stays what it is: (batch, 1, node).
+    """
+    if field.shape[1] == 1:
+        return field
+    groups = -(-field.shape[1] // LANES)
+    rows = np.empty((field.shape[0], groups, field.shape[2], LANES), field.dtype)
+    _pack(field, rows)
+    return rows
+
+
+def empty_rows(parts: int, batch: int, channels: int, nodes: int, dtype) -> np.ndarray:
+    """Zeros (part, batch, group, node, 4) to add to, or (part, batch, 1, node) for a single channel."""
+    shape = (parts, batch, 1, nodes) if channels == 1 else (parts, batch, -(-channels // LANES), nodes, LANES)
+    return np.zeros(shape, dtype)
+
+
+def unpack(rows: np.ndarray, field: np.ndarray) -> None:
+    """The sum over the parts of rows, into a field (batch, channel, node)."""
+    if rows.ndim == 4:
+        np.sum(rows, axis=0, out=field)
+    else:
+        _unpack(rows, field)
+
+
+@njit(parallel=True, cache=True)
+def _pack(field, rows):
+    count = field.shape[2]
+    blocks = (count + _BLOCK - 1) // _BLOCK
+    for task in prange(field.shape[0] * blocks):
+        b, start = task // blocks, (task % blocks) * _BLOCK
+        for group in range(rows.shape[1]):
+            for place in range(LANES):
+                c = group * LANES + place
+                for o in range(start, min(start + _BLOCK, count)):
+                    rows[b, group, o, place] = field[b, c, o] if c < field.shape[1] else 0
+
+
+@njit(parallel=True, cache=True)
+def _unpack(rows, field):
+    count = field.shape[2]
+    blocks = (count + _BLOCK - 1) // _BLOCK
+    for task in prange(field.shape[0] * blocks):
+        b, start = task // blocks, (task % blocks) * _BLOCK
+        for c in range(field.shape[1]):
+            group, place = c // LANES, c % LANES
+            for o in range(start, min(start + _BLOCK, count)):
+                value = rows[0, b, group, o, place]
+                for part in range(1, rows.shape[0]):
+                    value += rows[part, b, group, o, place]
+                field[b, c, o] = value
