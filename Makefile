@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_TO_TEST := $(VENV)/.ready-to-test
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .PHONY: demo test check bench bench-peers clean
 
@@ -14,10 +16,10 @@ demo: $(READY)
 	$(BIN)/deepatlas demo -o demo --overwrite
 	@echo "The report: $(CURDIR)/demo/report.html"
 
-test: $(READY)
+test: $(READY_TO_TEST)
 	$(BIN)/python -m pytest -q
 
-check: $(READY)
+check: $(READY_TO_TEST)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 
@@ -35,8 +37,12 @@ bench-peers: $(READY) .peers/.ready
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("deepatlas needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
-	@touch $(READY)
+	$(BIN)/python $(INSTALL) .
+	@touch $@
+
+$(READY_TO_TEST): $(READY)
+	$(BIN)/python $(INSTALL) '.[all]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .peers demo

@@ -165,9 +165,7 @@ def test_the_gradient_of_the_solver_is_its_reference(problem, parts):
     expected = warp._implicit_gradient(c_p, y, active, forward, floor, grad)
     torch.testing.assert_close(torch.from_numpy(to_target), expected, atol=tolerance, rtol=tolerance)
     pushed = -grid.splat(expected, y, SHAPE)
-    torch.testing.assert_close(
-        torch.from_numpy(to_field).view_as(pushed), pushed, atol=10 * tolerance, rtol=tolerance
-    )
+    torch.testing.assert_close(torch.from_numpy(to_field).view_as(pushed), pushed, atol=10 * tolerance, rtol=tolerance)
 
 
 def mm(batch: int, seed: int, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ SOURCE = Path(deepatlas.__file__).parent
 # A module may import only what stands before it.
 ORDER = [
     *("errors", "shapes", "config", "machine"),
-    *("kernels_cpu", "grid", "kernels_gpu", "affine", "warp", "losses", "augment", "metrics"),
+    *("kernels_cpu", "kernels_gpu", "grid", "affine", "warp", "losses", "augment", "metrics"),
     *("volume", "dicom", "phantom", "files", "prepare", "store"),
     *("networks", "autoencoder", "atlas", "checkpoint"),
     *("distributed", "loop", "objective", "fitting", "pretrain", "finetune", "regseg"),

@@ -304,3 +304,21 @@ def test_real_exams_stand_upright(name):
     for number, share in zip([1, 2, 3, 4, 7], shares, strict=True):
         if number in centres:
             assert (share * prepared.foreground).sum() > 0.99 * share.sum()
+
+
+@pytest.mark.parametrize("region", ["body", "exam", "300mm"])
+def test_pooling_a_fine_preparation_stays_in_its_place(region):
+    """HU linear in the place stay linear in the place, in mm; the foreground is the same body."""
+    where = np.stack(np.meshgrid(*[np.arange(n) for n in (40, 50, 60)], indexing="ij"), -1)
+    body = ((where - np.array([20, 25, 30])) ** 2 / np.array([15, 20, 25]) ** 2).sum(-1) < 1
+    affine = np.diag([4.0, 3.0, 3.5, 1.0])
+    exam = Volume(np.where(body, 10.0 + where @ np.array([1.0, 2.0, -1.0]), -1000.0).astype(np.float32), affine)
+    fine = prepare(exam, 32, region)
+    coarse = fine.pooled()
+    assert coarse.size == 16
+    box = np.stack(np.meshgrid(*[np.linspace(-1, 1, 16)] * 3, indexing="ij"), -1)
+    voxel = apply(np.linalg.inv(affine) @ coarse.box_to_mm, box)
+    deep = ((voxel - np.array([20, 25, 30])) ** 2 / np.array([10, 15, 20]) ** 2).sum(-1) < 1
+    assert deep.sum() > 50
+    np.testing.assert_allclose(coarse.hu[deep], (10.0 + voxel @ np.array([1.0, 2.0, -1.0]))[deep], atol=0.01)
+    assert coarse.foreground[deep].all()

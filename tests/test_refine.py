@@ -3,19 +3,20 @@
 import numpy as np
 import torch
 
-from deepatlas import grid
+from deepatlas import affine, grid
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import Fitting, NetworkConfig, Weights
 from deepatlas.locate import Embedded
 from deepatlas.networks import CoordinateNetwork
-from deepatlas.prepare import Prepared
+from deepatlas.prepare import Prepared, prepare
 from deepatlas.refine import refine
 
 SIZE = 20
 
 
-def test_a_map_that_is_off_comes_closer_to_the_truth():
+def scene() -> tuple[Model, Prepared, torch.Tensor]:
+    """A model whose atlas is a texture, an exam that shows its inner part, and the exam's true map."""
     chance = torch.Generator().manual_seed(5)
     texture = grid.resize(torch.rand(1, 1, 8, 8, 8, generator=chance), (SIZE,) * 3)
     torch.manual_seed(0)
@@ -34,12 +35,35 @@ def test_a_map_that_is_off_comes_closer_to_the_truth():
     truth = MARGIN * grid.identity((SIZE,) * 3)
     hu = (grid.sample(texture, truth)[0, 0] * 512 - 256).numpy()
     exam = Prepared(hu, np.ones((SIZE,) * 3, dtype=bool), box_to_mm)
-    start = Embedded(exam, truth + torch.tensor([0.06, -0.07, 0.05]).view(1, 3, 1, 1, 1))
+    return model, exam, truth
+
+
+OFF = torch.tensor([0.06, -0.07, 0.05]).view(1, 3, 1, 1, 1)
+
+
+def test_a_map_that_is_off_comes_closer_to_the_truth():
+    model, exam, truth = scene()
+    start = Embedded(exam, truth + OFF)
     how = Fitting(steps=30, rate=0.01, nodes=5, size=SIZE)
-    better = refine(model, start, how, Weights(window=8))
+    better = refine(model, exam.volume, start, how, Weights(window=8))
     inner = (slice(None), slice(None), *(slice(4, -4),) * 3)
     before = (start.c_atlas - truth)[inner].norm(dim=1).mean()
     after = (better.c_atlas - truth)[inner].norm(dim=1).mean()
     assert after < 0.4 * before
     assert better.prepared is exam
     assert better.c_atlas.abs().max() <= 1
+
+
+def test_a_grid_finer_than_the_networks_is_prepared_from_the_exam():
+    model, exam, _ = scene()
+    fine = exam.volume  # the network's input is half of it, in a box of its own
+    coarse = prepare(fine, SIZE // 2, model.region)
+    matrix = np.linalg.inv(exam.box_to_mm) @ coarse.box_to_mm
+    shape = (SIZE // 2,) * 3
+    truth = MARGIN * affine.apply(torch.from_numpy(matrix)[None].float(), grid.identity(shape))
+    how = Fitting(steps=30, rate=0.01, nodes=5, size=SIZE, learned=False, window=8)
+    better = refine(model, fine, Embedded(coarse, truth + OFF), how)
+    inner = (slice(None), slice(None), *(slice(2, -2),) * 3)
+    assert (better.c_atlas - truth)[inner].norm(dim=1).mean() < 0.4 * OFF.norm()
+    assert better.prepared is coarse
+    assert better.c_atlas.shape[2:] == shape

@@ -66,3 +66,15 @@ class Autoencoder(nn.Module):
         target = histogram_map(image)
         fine, coarse = self(image)
         return F.mse_loss(fine, target) + F.mse_loss(coarse, grid.resize(target, tuple(coarse.shape[2:])))
+
+
+class Intensities:
+    """R_0 and R_1 without learning: the histogram-mapped image and the image itself, at its grid and at half of it.
+
+    Ours, for `deepatlas.fitting` on fine grids, where the autoencoder's convolutions are most of the time.
+    """
+
+    def features(self, image: Image) -> tuple[Features, Features]:
+        """Two channels at both resolutions."""
+        fine = torch.cat([histogram_map(image), image], dim=1)
+        return fine, grid.shrink(fine, tuple(n // 2 for n in image.shape[2:]))

@@ -275,7 +275,7 @@ def locate(
     def work(path: Path) -> None:
         exam = files.read_exam(path)
         embedded = embed_exam(loaded, exam)
-        found = find(loaded, exam, wanted, refine(loaded, embedded) if refined else embedded)
+        found = find(loaded, exam, wanted, refine(loaded, exam, embedded) if refined else embedded)
         outputs.write_answer(output, exam, found, loaded)
         lines.extend(_answer_lines(exam.name, found, alone=len(paths) == 1))
         lines.extend(f"{exam.name}: mended: {repair}" for repair in exam.repairs)

@@ -114,13 +114,15 @@ class Fitting:
     nodes: int = 8
     """Nodes of the residual along each axis."""
     size: int = 64
-    """Nodes of the grid on which images are compared."""
+    """Nodes of the grid on which images are compared; it may be finer than the network's input."""
+    learned: bool = True
+    """Compare the autoencoder's features; else `deepatlas.autoencoder.Intensities`, at a quarter of the time."""
     window: int = 16
     """Even, and even when halved."""
     smooth: float = 1.0
     """These two in place of the training's window and weight of smoothness."""
     atlas_steps: int = 8
-    """In training, steps of the atlas for every batch of exams that maps were fitted to."""
+    """In training, steps of the atlas for every batch of exams that maps were fitted to; 0: it becomes their mean."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def run(
     clock.lap("training")
     say(f"Defining {len(STRUCTURES)} structures on {first.name} alone")
     model = checkpoint.load(out / "model")
-    seed_map = refine(model, embed(model, first.image))
+    seed_map = refine(model, first.image, embed(model, first.image))
     drawn = {name: number for name, number in STRUCTURES.items() if (first.labels.array == number).any()}
     model = define(model, [(first.image, first.labels)], drawn, embedded=[seed_map])
     checkpoint.save_structures(model, out / "model")
@@ -178,7 +178,7 @@ def _case(out: Path, model: Model, first: PhantomExam, seed_map: Embedded, exam:
     began = time.monotonic()
     read = files.read_exam(out / "unseen" / "images" / f"{exam.name}.nii.gz")
     plain_map = embed(model, read)
-    exam_map = refine(model, plain_map)
+    exam_map = refine(model, read, plain_map)
     found = locate(model, read, embedded=exam_map)
     outputs.write_answer(out / "found", read, found, model)
     seconds = time.monotonic() - began

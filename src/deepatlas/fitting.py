@@ -11,18 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepatlas import grid
-from deepatlas.autoencoder import Autoencoder
+from deepatlas import affine, grid
+from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.config import Fitting, Weights
 from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms
-from deepatlas.shapes import Coordinates
+from deepatlas.shapes import Affine, Coordinates, Features
 
 
 class Fitted(NamedTuple):
     """The residuals found, and the loss of every exam before and after."""
 
     residual: Coordinates
-    """(batch, 3, nodes, nodes, nodes), atlas units, to be added to the map after `grid.resize`."""
+    """(batch, 3, nodes, nodes, nodes), atlas units, in the exams' box: to be added to the map after `grid.resize`."""
     before: Tensor
     after: Tensor
 
@@ -38,16 +38,17 @@ def fit(
 
     Source: ours, on §5.1.2 (eq. 3).
     """
+    describe = autoencoder if how.learned else Intensities()
     weights = replace(weights, window=how.window, smooth_explicit=how.smooth)
     start = c_atlas.detach()
-    target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
+    target = autoencoder_features(describe, exams.image, exams.mm_per_box)
     residual = torch.zeros(len(start), 3, *(how.nodes,) * 3, device=start.device, requires_grad=True)
     optimiser = torch.optim.Adam([residual], lr=how.rate)
     best, before = residual.detach().clone(), None
     lowest = torch.full((len(start),), torch.inf, device=start.device)
     for step in range(how.steps + 1):
         moved = start + grid.resize(residual, tuple(start.shape[2:]))
-        terms = explicit_terms(moved, exams, atlas, autoencoder, target, weights.window)
+        terms = explicit_terms(moved, exams, atlas, describe, target, weights.window)
         loss = (
             weights.explicit * terms.similarity + weights.edges * terms.edges + weights.smooth_explicit * terms.smooth
         )
@@ -59,3 +60,13 @@ def fit(
             (residual.grad,) = torch.autograd.grad(loss.sum(), residual)
             optimiser.step()
     return Fitted(best, before, lowest)
+
+
+def carried(field: Features, to_field_box: Affine, shape: tuple[int, int, int]) -> Features:
+    """A field seen from another box: its values at the nodes of a grid there. Coarse and fine preparations of an exam
+    have boxes that differ by a fraction of a voxel.
+
+    Args:
+        to_field_box: that box → the field's own.
+    """
+    return grid.sample(field, affine.apply(to_field_box.to(field), grid.identity(shape).to(field)))

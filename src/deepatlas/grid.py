@@ -4,6 +4,9 @@ All coordinates are in the box frame: -1 ... +1 from the centre of the first to 
 ``a`` for array axis ``a``. PyTorch's reversed axis order is met once, in `sample_reference`.
 """
 
+from functools import cache
+from importlib.util import find_spec
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -67,13 +70,14 @@ def sample(
             nearest face and has no gradient there; NaN and infinity are harmless.
 
     Returns:
-        Values, differentiable in both arguments. On a CPU in float32 or float64 by a fused kernel, else by PyTorch.
+        Values, differentiable in both arguments. By a fused kernel on a CPU in float32 or float64 and on a CUDA GPU in
+        float32, else by PyTorch.
 
     Source: §5.1.1 ("linear interpolation resampling").
     """
     if field.shape[0] != coords_box.shape[0]:
         field = field.expand(coords_box.shape[0], *field.shape[1:])
-    if has_kernel(field, coords_box):
+    if has_kernel(field, coords_box) or has_gpu_kernel(field, coords_box):
         return _Sample.apply(field, coords_box)
     return sample_reference(field, coords_box)
 
@@ -94,7 +98,7 @@ def splat(
 ) -> Features:
     """Push: the adjoint of `sample`, ``⟨sample(f, y), v⟩ = ⟨f, splat(v, y)⟩`` for every field f."""
     field = torch.zeros(values.shape[0], values.shape[1], *shape, dtype=values.dtype, device=values.device)
-    if has_kernel(field, coords_box):
+    if has_kernel(field, coords_box) or has_gpu_kernel(field, coords_box):
         return _sample_backward(field, coords_box, values, want_field=True, want_points=False)[0]
     field.requires_grad_()
     with torch.enable_grad():
@@ -108,6 +112,20 @@ def has_kernel(*tensors: Tensor) -> bool:
     return len(kinds) == 1 and kinds <= {("cpu", torch.float32), ("cpu", torch.float64)}
 
 
+def has_gpu_kernel(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels serve these tensors: one CUDA device, float32, and Triton is there."""
+    return _triton() and len({t.device for t in tensors}) == 1 and all(_cuda_float32(t) for t in tensors)
+
+
+def _cuda_float32(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype == torch.float32
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def flat(tensor: Tensor) -> np.ndarray:
     """A contiguous NumPy view (batch, channel, everything else)."""
     return tensor.detach().contiguous().flatten(2).numpy()
@@ -117,6 +135,10 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, field: Tensor, coords: Tensor) -> Tensor:
         ctx.save_for_backward(field, coords)
+        if field.is_cuda:
+            from deepatlas import kernels_gpu
+
+            return kernels_gpu.sample(field, coords.flatten(2)).view(*field.shape[:2], *coords.shape[2:])
         out = torch.empty(coords.shape[0], field.shape[1], *coords.shape[2:], dtype=field.dtype)
         kernels_cpu.sample(flat(field), tuple(field.shape[2:]), flat(coords), out.flatten(2).numpy())
         return out
@@ -128,6 +150,12 @@ class _Sample(torch.autograd.Function):
 
 
 def _sample_backward(field: Tensor, coords: Tensor, grad: Tensor, want_field: bool, want_points: bool):
+    if field.is_cuda:
+        from deepatlas import kernels_gpu
+
+        given = field, coords.flatten(2), grad.flatten(2)
+        to_field, to_points = kernels_gpu.sample_backward(*given, want_field, want_points)
+        return to_field, None if to_points is None else to_points.view(coords.shape)
     shape = tuple(field.shape[2:])
     found = kernels_cpu.sample_backward(flat(field), shape, flat(coords), flat(grad), want_field, want_points)
     to_field, to_points = (None if part is None else torch.from_numpy(part) for part in found)

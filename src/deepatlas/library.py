@@ -76,7 +76,7 @@ def define_files(
                     exam = files.read_exam(exam_path)
                     files.check_same_grid(read[exam_path], exam, label_path.name)
                     embedded = embed(model, exam)
-                    maps.append(refine(model, embedded) if refined else embedded)
+                    maps.append(refine(model, exam, embedded) if refined else embedded)
                     yield exam, read[exam_path]
                 except (DeepAtlasError, MemoryError) as error:
                     _note(failed, pairs, error, exam_path, label_path)

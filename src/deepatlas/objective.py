@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deepatlas import grid, losses, warp
-from deepatlas.autoencoder import Autoencoder
+from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.config import Weights
 from deepatlas.shapes import Coordinates, Features, Image, Mask
 
@@ -80,7 +80,12 @@ class Explicit(NamedTuple):
 
 
 def explicit_terms(
-    c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Autoencoder, target: "Target", window: int | None
+    c_atlas: Coordinates,
+    exams: Exams,
+    atlas: Atlas,
+    autoencoder: Autoencoder | Intensities,
+    target: "Target",
+    window: int | None,
 ) -> Explicit:
     """``X ∘ Φ_E ~ x_n`` with Φ_E = c_n. Source: §5.1.2, eq. 3 and 13."""
     moved = _warp_atlas(atlas, c_atlas)
@@ -136,7 +141,7 @@ class Target(NamedTuple):
     edges: Features
 
 
-def autoencoder_features(autoencoder: Autoencoder, image: Image, mm_per_box: Tensor) -> Target:
+def autoencoder_features(autoencoder: Autoencoder | Intensities, image: Image, mm_per_box: Tensor) -> Target:
     """Features of fixed images, without gradient. Source: §5.1.3."""
     with torch.no_grad():
         return Target(autoencoder.features(image), losses.prewitt(image, spacing_mm(mm_per_box, image)))

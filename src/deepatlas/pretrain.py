@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from deepatlas import augment, checkpoint, grid
+from deepatlas import affine, augment, checkpoint, grid
 from deepatlas.atlas import Structure
-from deepatlas.autoencoder import Autoencoder
+from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import Augmentation, ConsolidationStage, Preset
 from deepatlas.errors import CohortError, ModelError
-from deepatlas.fitting import fit
+from deepatlas.fitting import carried, fit
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, likeness, objective
-from deepatlas.prepare import fixed_extent_mm, window
+from deepatlas.prepare import Prepared, fixed_extent_mm, window
 from deepatlas.store import Cohort
 
 LOG = logging.getLogger(__name__)
@@ -55,6 +55,15 @@ class Progress(NamedTuple):
     seconds_left: float
 
 
+class Fine(NamedTuple):
+    """The exams at twice the size that the network sees."""
+
+    hu: Tensor
+    """(exam, 1, 2n, 2n, 2n) int16: windowed when it is used."""
+    foreground: Tensor
+    box_to_mm: Tensor
+
+
 class Cohorted(NamedTuple):
     """The cohort in memory, ready to be sampled."""
 
@@ -66,6 +75,21 @@ class Cohorted(NamedTuple):
     """(exam, 4, 4) float64."""
     size: int
     region: str
+    fine: Fine | None = None
+
+    @property
+    def finest(self) -> int:
+        """Voxels along each axis of the finest arrays there are."""
+        return self.fine.hu.shape[-1] if self.fine else self.size
+
+    def views(self, exams: list[int], size: int) -> tuple[Exams, Tensor]:
+        """Exams as they are on a grid of any size, and their boxes → mm: from the fine arrays where that is finer."""
+        fine = self.fine if size > self.size else None
+        image = torch.from_numpy(window(fine.hu[exams].numpy())).to(self.image) if fine else self.image[exams]
+        foreground, box_to_mm = ((fine or self).foreground[exams], (fine or self).box_to_mm[exams])
+        shape = (size,) * 3
+        seen = grid.resize(foreground.to(image), shape) > 0.5
+        return Exams(grid.shrink(image, shape), seen, box_to_mm[:, :3, :3].to(image)), box_to_mm
 
 
 class View(NamedTuple):
@@ -174,8 +198,10 @@ class Run:
         self.network = CoordinateNetwork(preset.network).to(device)
         self.autoencoder = Autoencoder().to(device)
         where = grid.identity((preset.atlas_size,) * 3, device=device) / MARGIN
-        seed_image = grid.sample(data.image[seed_index : seed_index + 1], where) * grid.inside(where)
-        self.atlas = torch.nn.Parameter(seed_image.contiguous())
+        seed, box_to_mm = data.views([seed_index], min(data.finest, max(data.size, preset.atlas_size)))
+        to_seed = torch.linalg.inv(box_to_mm) @ data.box_to_mm[[seed_index]]
+        inside_seed = affine.apply(to_seed.to(where), where)
+        self.atlas = torch.nn.Parameter((grid.sample(seed.image, inside_seed) * grid.inside(inside_seed)).contiguous())
         self.seed_box_to_mm = data.box_to_mm[seed_index].clone()
         self.structures: dict[str, Structure] = {}
         self.level = self.network.coarsest
@@ -203,13 +229,13 @@ class Run:
                     f"The model prepares exams at {base.size}³ with region {base.region!r}, the cohort holds "
                     f"{data.size}³ with {data.region!r}; prepare it again."
                 )
-            if base.network.config != preset.network or base.atlas.shape != run.atlas.shape:
+            if base.network.config != preset.network:
                 raise ModelError(
                     "The model's network is not of the preset's size; choose the preset it was trained with."
                 )
             run.network.load_state_dict(base.network.state_dict())
             run.autoencoder.load_state_dict(base.autoencoder.state_dict())
-            run.atlas.data.copy_(base.atlas)
+            run.atlas.data.copy_(grid.resize(base.atlas, tuple(run.atlas.shape[2:])))
             run.seed_box_to_mm, run.seed_name = base.seed_box_to_mm, base.seed_exam
             run.structures, run.level, run.from_model = base.structures, base.level, True
         return run
@@ -255,28 +281,47 @@ class Run:
 
     def _fitting_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
         """Fit maps to the next few exams, keep them as what the network is to learn, and sharpen the atlas by them."""
+        if step == 0:
+            with torch.no_grad():
+                self.atlas.data.copy_(self.mean_atlas(lambda exam: self.network(self.data.image[[exam]], self.level)))
         exams = list(range(len(self.data.names)))[step * self.preset.batch : (step + 1) * self.preset.batch]
-        shape = (stage.fitting.size,) * 3
+        how, shape = stage.fitting, (stage.fitting.size,) * 3
+        views, box_to_mm = self.data.views(exams, how.size)
+        to_coarse = torch.linalg.inv(self.data.box_to_mm[exams]) @ box_to_mm
         with torch.no_grad():
-            start = grid.resize(self.network(self.data.image[exams], self.level), shape)
-        views = Exams(
-            image=grid.shrink(self.data.image[exams], shape),
-            foreground=grid.resize(self.data.foreground[exams].float(), shape) > 0.5,
-            mm_per_box=self.data.box_to_mm[exams, :3, :3].float().to(self.device),
-        )
+            c_atlas = self.network(self.data.image[exams], self.level)
+            start = carried(c_atlas, to_coarse, shape)
         weights, mm_per_atlas = self.preset.weights, self._mm_per_atlas()
-        atlas = Atlas(self.atlas.detach(), mm_per_atlas)
-        found = fit(start, views, atlas, self.autoencoder, weights, stage.fitting)
+        found = fit(start, views, Atlas(self.atlas.detach(), mm_per_atlas), self.autoencoder, weights, how)
         fitted = start + grid.resize(found.residual, shape)
-        target = autoencoder_features(self.autoencoder, views.image, views.mm_per_box)
+        describe = self.autoencoder if how.learned else Intensities()
+        target = autoencoder_features(describe, views.image, views.mm_per_box)
         for _ in range(stage.fitting.atlas_steps):
-            atlas = Atlas(self.atlas, mm_per_atlas)
-            terms = explicit_terms(fitted, views, atlas, self.autoencoder, target, weights.window)
+            terms = explicit_terms(fitted, views, Atlas(self.atlas, mm_per_atlas), describe, target, how.window)
             loss = (weights.explicit * terms.similarity + weights.edges * terms.edges).mean()
             self._descend(loss, self.network, ATLAS_RATE)
         finest = (self.preset.network.sizes[0],) * 3
-        self.targets[exams] = grid.resize(fitted, finest).clamp(-0.999, 0.999)
+        moved = carried(found.residual, torch.linalg.inv(to_coarse), finest)
+        self.targets[exams] = (grid.resize(c_atlas, finest) + moved).clamp(-0.999, 0.999)
+        if exams[-1] == len(self.data.names) - 1 and not how.atlas_steps:
+            self.atlas.data.copy_(self.mean_atlas(lambda exam: self.targets[[exam]]))
         return {"loss": float(found.after.mean()), "explicit": float(found.before.mean())}
+
+    def mean_atlas(self, map_of: Callable[[int], Tensor]) -> Tensor:
+        """The mean of all exams, each carried into the atlas by its map; the atlas as it is where none reaches.
+
+        As fine as the exams are, where the atlas so far was learned on coarse grids.
+        """
+        shape = tuple(self.atlas.shape[2:])
+        total = torch.zeros(1, 2, *shape, device=self.device)
+        for exam in range(len(self.data.names)):
+            views, box_to_mm = self.data.views([exam], self.data.finest)
+            to_coarse = torch.linalg.inv(self.data.box_to_mm[[exam]]) @ box_to_mm
+            c_atlas = carried(map_of(exam), to_coarse, tuple(views.image.shape[2:]))
+            seen = views.foreground.to(views.image)
+            total += grid.splat(torch.cat([views.image * seen, seen], dim=1), c_atlas, shape)
+        known = total[:, 1:] > 0.5
+        return torch.where(known, total[:, :1] / total[:, 1:].clamp_min(0.5), self.atlas.detach())
 
     def _consolidation_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
         """The fitted maps, bent and turned with the exams, as targets of the finest level."""
@@ -545,14 +590,23 @@ def _load(path: Path, preset: Preset, device: str) -> Cohorted:
         size, region = cohort.size, cohort.region
     if len(arrays.names) < 2:
         raise CohortError(f"{path} holds {len(arrays.names)} exam; a map is learned from pairs, bring at least 2.")
-    if size != preset.network.size:
+    needed = max([preset.network.size, *(stage.fitting.size for stage in preset.consolidation)])
+    wanted = preset.network.size * (1 if needed == preset.network.size else 2)
+    if size not in (preset.network.size, 2 * preset.network.size) or size < needed:
         raise CohortError(
-            f"{path} is prepared at {size}³, preset {preset.name!r} expects {preset.network.size}³; "
-            f"prepare it with --size {preset.network.size}."
+            f"{path} is prepared at {size}³, preset {preset.name!r} expects {wanted}³; prepare it with --size {wanted}."
         )
-    image = torch.from_numpy(window(arrays.hu))[:, None].to(device)
-    foreground = torch.from_numpy(arrays.foreground)[:, None].to(device)
-    return Cohorted(list(arrays.names), image, foreground, torch.from_numpy(arrays.box_to_mm), size, region)
+    names, hu, foreground = list(arrays.names), torch.from_numpy(arrays.hu), torch.from_numpy(arrays.foreground)
+    box_to_mm, fine = torch.from_numpy(arrays.box_to_mm), None
+    if size > preset.network.size:
+        fine = Fine(hu[:, None], foreground[:, None].to(device), box_to_mm)
+        coarse = [Prepared(*each).pooled() for each in zip(arrays.hu, arrays.foreground, arrays.box_to_mm, strict=True)]
+        hu, foreground, box_to_mm = (
+            torch.from_numpy(np.stack([getattr(one, part) for one in coarse]))
+            for part in ("hu", "foreground", "box_to_mm")
+        )
+    image = torch.from_numpy(window(hu.numpy()))[:, None].to(device)
+    return Cohorted(names, image, foreground[:, None].to(device), box_to_mm, preset.network.size, region, fine)
 
 
 def _batch(exams: int, batch: int, step: int, seed: int) -> list[int]:

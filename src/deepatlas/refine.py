@@ -3,35 +3,44 @@
 Not in the paper. The network is left alone; see `deepatlas.fitting`. `docs/recipes.md` has what it gives and costs.
 """
 
+import numpy as np
 import torch
 
 from deepatlas import grid
 from deepatlas.checkpoint import Model
 from deepatlas.config import Fitting, Weights
-from deepatlas.fitting import fit
+from deepatlas.fitting import carried, fit
 from deepatlas.locate import Embedded
 from deepatlas.machine import denormals_are_zero
 from deepatlas.objective import Atlas, Exams
+from deepatlas.prepare import prepare
+from deepatlas.volume import Volume
 
 
-def refine(model: Model, embedded: Embedded, how: Fitting | None = None, weights: Weights | None = None) -> Embedded:
+def refine(
+    model: Model, exam: Volume, embedded: Embedded, how: Fitting | None = None, weights: Weights | None = None
+) -> Embedded:
     """The same exam with a map that fits the atlas better; never one that fits it worse.
 
     Args:
-        embedded: an exam with its map, from `deepatlas.locate.embed`.
+        exam: prepared anew where ``how`` compares on a finer grid than the network's.
+        embedded: the exam with its map, from `deepatlas.locate.embed`.
 
     Source: ours, on the explicit objective of §5.1.2 (eq. 3).
     """
     how = how or Fitting()
     shape = (how.size,) * 3
-    exam = Exams(
-        image=grid.shrink(torch.from_numpy(embedded.prepared.image)[None, None], shape),
-        foreground=grid.resize(embedded.foreground.float(), shape) > 0.5,
-        mm_per_box=torch.from_numpy(embedded.prepared.box_to_mm[None, :3, :3]).float(),
+    coarse = embedded.prepared
+    fine = prepare(exam, how.size, model.region) if how.size > coarse.size else coarse
+    to_coarse = torch.from_numpy(np.linalg.inv(coarse.box_to_mm) @ fine.box_to_mm)[None]
+    views = Exams(
+        image=grid.shrink(torch.from_numpy(fine.image)[None, None], shape),
+        foreground=grid.resize(torch.from_numpy(fine.foreground)[None, None].float(), shape) > 0.5,
+        mm_per_box=torch.from_numpy(fine.box_to_mm[None, :3, :3]).float(),
     )
     atlas = Atlas(model.atlas, model.atlas_to_mm[None, :3, :3].float())
-    start = grid.resize(embedded.c_atlas, shape)
     with denormals_are_zero():
-        found = fit(start, exam, atlas, model.autoencoder, weights or Weights(), how)
-    c_atlas = embedded.c_atlas + grid.resize(found.residual, tuple(embedded.c_atlas.shape[2:]))
-    return Embedded(embedded.prepared, c_atlas.clamp(-1, 1))
+        start = carried(embedded.c_atlas, to_coarse, shape)
+        found = fit(start, views, atlas, model.autoencoder, weights or Weights(), how)
+    moved = carried(found.residual, torch.linalg.inv(to_coarse), tuple(embedded.c_atlas.shape[2:]))
+    return Embedded(coarse, (embedded.c_atlas + moved).clamp(-1, 1))

@@ -221,6 +221,10 @@ class _Invert(torch.autograd.Function):
                 residual.numpy(),
                 det.numpy(),
             )
+        elif grid.has_gpu_kernel(c_p, target):
+            from deepatlas import kernels_gpu
+
+            y, residual, det = kernels_gpu.invert(c_p, target, active[:, 0], inverse, floor, steps, tolerance)
         else:
             y, residual, det = invert_reference(c_p, target, active, inverse, floor, steps, tolerance)
         ctx.save_for_backward(c_p, y, active, forward, floor)
@@ -242,6 +246,10 @@ class _Invert(torch.autograd.Function):
             )
             grad_target, grad_p = (torch.from_numpy(part) for part in found)
             grad_p = grad_p.view(c_p.shape)
+        elif grid.has_gpu_kernel(c_p, y):
+            from deepatlas import kernels_gpu
+
+            grad_target, grad_p = kernels_gpu.invert_backward(c_p, y, active[:, 0], forward, floor, grad)
         else:
             grad_target = _implicit_gradient(c_p, y, active, forward, floor, grad)
             grad_p = -grid.splat(grad_target, y, tuple(c_p.shape[2:]))

@@ -44,7 +44,7 @@ def strides_of(shape):
 
 @njit(inline="always", fastmath=FAST)
 def find_cells(points, b, start, stop, shape, node, offset):
-    """`cell` of the points ``start`` ... ``stop`` of an exam: flat index of the lowest corner, and offsets (3, point)."""
+    """`cell` of the points ``start`` ... ``stop`` of an exam: flat index of the lowest corner, place in the cell."""
     kind = offset.dtype.type
     for axis in range(3):
         last = kind(shape[axis] - 1)

@@ -33,9 +33,7 @@ def sample_backward(
         exams = len(field[some])
         rows = pack(field[some]) if want_points else empty_rows(1, exams, channels, 0, field.dtype)[0]
         buffers = empty_rows(parts or parts_for(exams), exams, channels, nodes if want_field else 0, field.dtype)
-        _sample_backward(
-            rows, shape, points[some], grad[some], grad_points[some], buffers, want_points, want_field
-        )
+        _sample_backward(rows, shape, points[some], grad[some], grad_points[some], buffers, want_points, want_field)
         if want_field:
             unpack(buffers, grad_field[some])
     return grad_field, grad_points if want_points else None
@@ -50,7 +48,7 @@ def _sample(rows, shape, points, out):
         b, start = task // chunks, (task % chunks) * CHUNK
         stop = min(start + CHUNK, count)
         node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
-        values = np.empty((CHUNK,) + rows.shape[3:], rows.dtype)
+        values = np.empty((CHUNK,) + rows.shape[3:], rows.dtype)  # noqa: RUF005 (Numba)
         find_cells(points, b, start, stop, shape, node, offset)
         for group in range(rows.shape[1]):
             f = rows[b, group]
@@ -80,7 +78,7 @@ def _sample_backward(rows, shape, points, grad, grad_points, buffers, want_point
     for task in prange(points.shape[0] * parts):
         b, part = task // parts, task % parts
         node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
-        pushed = np.zeros((CHUNK,) + rows.shape[3:], rows.dtype)
+        pushed = np.zeros((CHUNK,) + rows.shape[3:], rows.dtype)  # noqa: RUF005 (Numba)
         lanes = pushed.reshape(CHUNK, -1)
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
