@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepatlas import grid, kernels_cpu, losses, warp
+from deepatlas import grid, kernels_cpu, losses, networks, warp
 from deepatlas.kernels_cpu import inversion, sampling
 
 SHAPE = (7, 5, 6)
@@ -213,3 +213,25 @@ def test_sums_over_cubes_have_the_gradient_they_claim():
     a, b = (draw(seed, 1, 2, 3, 4, 5).requires_grad_() for seed in (15, 16))
     weight = torch.ones(1, 1, 3, 4, 5, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda a, b: losses.cube_sums(a, b, weight, 2), (a, b))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 3), (8, 8), (16, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalisation_and_its_gradient_are_those_of_the_plain_form(channels, groups, dtype, monkeypatch):
+    norm = torch.nn.GroupNorm(groups, channels).to(dtype)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = (3 + 2 * draw(17, 2, channels, 17, 15, 13, dtype=dtype)).requires_grad_()  # more than one block of voxels
+    push = draw(18, *x.shape, dtype=dtype)
+    results = []
+    for kernel in (True, False):
+        monkeypatch.setattr(grid, "has_kernel", lambda *_, kernel=kernel: kernel)
+        values = networks.activated(x, norm)
+        results.append((values, *torch.autograd.grad(values, (x, norm.weight, norm.bias), push)))
+    for ours, plain in zip(*results, strict=True):
+        close = 1e-4 if dtype == torch.float32 else 1e-9
+        torch.testing.assert_close(ours, plain, atol=close, rtol=close)
+
+
+def test_normalisation_has_the_gradient_it_claims():
+    norm = torch.nn.GroupNorm(2, 4).double()
+    assert torch.autograd.gradcheck(lambda x: networks.activated(x, norm), (draw(19, 2, 4, 2, 3, 2).requires_grad_(),))

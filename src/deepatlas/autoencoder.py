@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepatlas import grid
-from deepatlas.networks import LEAK, Residual
+from deepatlas.networks import LEAK, Residual, channels_first, channels_last
 from deepatlas.shapes import Features, Image
 
 HOUNSFIELD = (-256.0, -100.0, 10.0, 50.0, 100.0, 256.0)
@@ -51,13 +51,17 @@ class Autoencoder(nn.Module):
 
     def features(self, image: Image) -> tuple[Features, Features]:
         """R_0 and R_1: the encoder's maps after the leaky ReLU, at the image's grid and at half of it."""
-        fine = self.fine(self.stem(image))
+        fine, coarse = self._encode(image)
+        return channels_first(fine), channels_first(coarse)
+
+    def _encode(self, image: Image) -> tuple[Features, Features]:
+        fine = self.fine(self.stem(channels_last(image)))
         coarse = self.coarse(grid.resize(fine, tuple(n // 2 for n in image.shape[2:])))
         return F.leaky_relu(fine, LEAK), F.leaky_relu(coarse, LEAK)
 
     def forward(self, image: Image) -> tuple[Features, Features]:
         """Reconstructions of the histogram-mapped image at both resolutions, unbounded."""
-        fine, coarse = self.features(image)
+        fine, coarse = self._encode(image)
         decoded = fine + grid.resize(self.decoder(coarse), tuple(image.shape[2:]))
         return self.heads[0](F.leaky_relu(decoded, LEAK)), self.heads[1](coarse)
 

@@ -8,12 +8,13 @@ exists at full resolution.
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deepatlas import grid
+from deepatlas import grid, kernels_cpu
 from deepatlas.config import NetworkConfig
 from deepatlas.shapes import Coordinates, Features, Image
 
@@ -36,8 +37,61 @@ class Convolution(nn.Module):
         nn.init.kaiming_normal_(self.weight, a=LEAK)
 
     def forward(self, x: Features) -> Features:
-        x = F.leaky_relu(self.norm(x), LEAK)
-        return F.conv3d(x, standardise(self.weight, self.gain), self.bias, padding=1)
+        return F.conv3d(activated(x, self.norm), standardise(self.weight, self.gain), self.bias, padding=1)
+
+
+def activated(x: Features, norm: nn.GroupNorm) -> Features:
+    """Group normalisation → leaky ReLU. On a CPU a fused kernel on channels-last maps, else PyTorch's."""
+    if grid.has_kernel(x, norm.weight):
+        return _Activated.apply(channels_last(x), norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return F.leaky_relu(norm(x), LEAK)
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups: int, eps: float):
+        rows = weight.detach().numpy(), bias.detach().numpy()
+        out, *ctx.taken = kernels_cpu.normalise(_by_voxel(x), groups, *rows, LEAK, eps)
+        ctx.save_for_backward(x, weight)
+        return _by_channel(out, x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = _by_voxel(channels_last(grad))
+        found = kernels_cpu.normalise_backward(grad, _by_voxel(x), *ctx.taken, weight.detach().numpy(), LEAK)
+        return _by_channel(found[0], x.shape), *(torch.from_numpy(part) for part in found[1:]), None, None
+
+
+def _by_voxel(x: Features) -> np.ndarray:
+    """A channels-last map as (batch, voxel, channel)."""
+    return x.detach().permute(0, 2, 3, 4, 1).flatten(1, 3).numpy()
+
+
+def _by_channel(rows: np.ndarray, shape: torch.Size) -> Features:
+    """The way back, without a copy."""
+    return torch.from_numpy(rows).view(shape[0], *shape[2:], shape[1]).permute(0, 4, 1, 2, 3)
+
+
+def channels_last(x: Features) -> Features:
+    """The same values, on a CPU with the channels of a voxel side by side: there a 3³ convolution of few channels and
+    its gradients are up to ten times faster, and every layer after it keeps the form."""
+    return x if x.is_cuda else x.to(memory_format=torch.channels_last_3d)
+
+
+def channels_first(x: Features) -> Features:
+    """The way back, for what reads one channel after the other; its gradient turns into the other form again."""
+    return x if x.is_cuda else _ChannelsFirst.apply(x)
+
+
+class _ChannelsFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=torch.channels_last_3d)
 
 
 def standardise(
@@ -77,7 +131,7 @@ class Backbone(nn.Module):
 
     def forward(self, image: Image, finest: int = 0) -> list[Features | None]:
         """Features at every resolution from ``finest`` down; finer ones are not computed and stand as None."""
-        x = self.stem(image)
+        x = self.stem(channels_last(image))
         skips = []
         for level, block in enumerate(self.encoder):
             if level:
@@ -107,7 +161,7 @@ class Head(nn.Module):
     def forward(self, x: Features, shared: Float[Tensor, "3 feature"]) -> Float[Tensor, "batch 3 i j k"]:
         """``gain · shared · f_l``: the two linear maps folded into one kernel, equal up to rounding."""
         x = self.block(x)
-        x = F.leaky_relu(self.last.norm(x), LEAK)
+        x = activated(x, self.last.norm)
         weight = torch.einsum("of,fcijk->ocijk", shared, standardise(self.last.weight, self.last.gain))
         return F.conv3d(x, self.gain * weight, self.gain * (shared @ self.last.bias), padding=1)
 
