@@ -157,3 +157,16 @@ def test_a_new_level_begins_as_the_level_above(config):
     made.heads[0].gain.data.fill_(1.0)
     with torch.no_grad():
         assert (made(image, 0) - maps[0]).abs().max() > 0.05  # the gain is what holds it back
+
+
+def test_half_precision_inside_keeps_the_coordinates_and_their_type():
+    torch.manual_seed(0)
+    network = CoordinateNetwork(NetworkConfig(size=16, widths=(8, 16), head_channels=8))
+    image = torch.rand(2, 1, 16, 16, 16)
+    exact = network(image)
+    network.mixed = True
+    rough = network(image)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).abs().max() < 0.05
+    rough.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)

@@ -326,3 +326,54 @@ def test_every_exam_is_seen_once_before_any_is_seen_twice():
     assert flat[:7] != flat[7:14]
     assert _batch(7, 3, 4, 5) == flat[12:15]
     assert _batch(3, 8, 0, 0) != _batch(3, 8, 0, 1)
+
+
+def test_a_few_exams_at_a_time_give_the_gradient_of_the_whole_batch(cohort):
+    results = []
+    for together in (None, 1, 3):
+        preset = replace(TINY, batch=4, together=together)
+        run = Run.begin(_load(cohort, preset, "cpu"), preset, None, None, "cpu")
+        c_atlas = run.maps(run.data.image, 0)
+        push = torch.randn(c_atlas.shape, generator=torch.Generator().manual_seed(1))
+        used = [p for name, p in run.network.named_parameters()]
+        results.append((c_atlas, *torch.autograd.grad(c_atlas, used, push)))
+    for part in results[1:]:
+        for one, whole in zip(part, results[0], strict=True):
+            torch.testing.assert_close(one, whole, atol=1e-4 * float(whole.detach().abs().max()), rtol=1e-4)
+
+
+def test_a_fine_cohort_is_fitted_on_its_fine_grid_and_gives_a_fine_atlas(cohort, tmp_path):
+    fine = tmp_path / "fine.h5"
+    store.build(cohort.parent, fine, 32, workers=0)
+    fitting = Fitting(steps=2, nodes=4, size=24, learned=False, atlas_steps=0)
+    preset = replace(TINY, atlas_size=24, consolidation=(ConsolidationStage(fitting, steps=2),))
+    data = _load(fine, preset, "cpu")
+    assert (data.size, data.finest) == (16, 32)
+    views, _ = data.views([0, 2], 24)
+    assert views.image.shape == (2, 1, 24, 24, 24)
+    model = pretrain(fine, tmp_path / "model", preset)
+    assert model.size == 16
+    assert model.atlas.shape[-1] == 24
+    with pytest.raises(CohortError, match="--size 32"):
+        _load(cohort, preset, "cpu")
+
+
+def test_a_model_goes_on_with_another_size_of_atlas(cohort, trained, tmp_path):
+    grown = pretrain(cohort, tmp_path / "grown", replace(TINY, atlas_size=20), start_from=trained)
+    assert grown.atlas.shape[-1] == 20
+
+
+def test_the_mean_atlas_of_an_exam_with_itself_is_that_exam(cohort):
+    run = Run.begin(_load(cohort, TINY, "cpu"), TINY, None, None, "cpu")
+    where = recipe.MARGIN * recipe.grid.identity((16, 16, 16))
+    data = run.data
+    run.data = data._replace(
+        names=["c"], **{part: getattr(data, part)[[run.seed_index]] for part in ("image", "foreground", "box_to_mm")}
+    )
+    before = run.atlas.detach().clone()
+    with torch.no_grad():
+        mean = run.mean_atlas(lambda exam: where)
+    seen = recipe.grid.sample(run.data.foreground.float(), recipe.grid.identity((16,) * 3) / recipe.MARGIN) > 0.99
+    assert (mean - before)[seen].abs().mean() < 0.03
+    corner = mean[0, 0, 0, 0, 0]
+    assert corner == before[0, 0, 0, 0, 0]  # nobody reaches it

@@ -42,6 +42,8 @@ class Autoencoder(nn.Module):
 
     def __init__(self, widths: tuple[int, int] = (8, 16), groups: int = 4) -> None:
         super().__init__()
+        self.mixed = False
+        """Compute features in bfloat16; they come out in the image's type."""
         fine, coarse = widths
         self.stem = nn.Conv3d(1, fine, 3, padding=1)
         self.fine = Residual(fine, fine, groups)
@@ -51,8 +53,9 @@ class Autoencoder(nn.Module):
 
     def features(self, image: Image) -> tuple[Features, Features]:
         """R_0 and R_1: the encoder's maps after the leaky ReLU, at the image's grid and at half of it."""
-        fine, coarse = self._encode(image)
-        return channels_first(fine), channels_first(coarse)
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.mixed):
+            fine, coarse = self._encode(image)
+        return channels_first(fine).to(image), channels_first(coarse).to(image)
 
     def _encode(self, image: Image) -> tuple[Features, Features]:
         fine = self.fine(self.stem(channels_last(image)))

@@ -157,13 +157,24 @@ class Preset:
     decay_every: int = 50
     clip: float = 1.0
     """Largest norm of a step's gradient."""
+    together: int | None = None
+    """Exams of a batch whose activations are held at once; the gradient is that of the whole batch. None: all."""
+    mixed: bool = False
+    """bfloat16 within the networks, on a GPU; coordinates, warps and sums stay in float32."""
+    compiled: bool = False
+    """`torch.compile` the coordinate network, on a GPU."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     weights: Weights = field(default_factory=Weights)
     checkpoint_minutes: float = 3.0
     seed: int = 0
 
 
-PAPER = Preset(name="paper", levels=tuple(LevelStage(rate=0.005 / 2**n) for n in range(5)))
+PAPER = Preset(
+    name="paper",
+    levels=tuple(LevelStage(rate=0.005 / 2**n) for n in range(5)),
+    mixed=True,
+    compiled=True,
+)
 """The sizes of §5.2.6: 64³, five levels of 7,500 steps, 64 exams a step. For a GPU."""
 
 CPU = Preset(

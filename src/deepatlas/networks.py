@@ -179,6 +179,8 @@ class CoordinateNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.mixed = False
+        """Compute in bfloat16 up to the logits, which are float32 always."""
         levels = len(config.widths)
         self.backbone = Backbone(config.widths, config.groups, config.stem_stride)
         self.heads = nn.ModuleList(
@@ -201,14 +203,15 @@ class CoordinateNetwork(nn.Module):
             image: (batch, 1, size, size, size), 0 ... 1, axes R, A, S.
             level: 0 is the finest; levels finer than it are not computed.
         """
-        features = self.backbone(image, level)
-        logits = self.heads[self.coarsest](features[-1], self.shared) + self.offset.view(1, 3, 1, 1, 1)
-        for finer in range(self.coarsest - 1, level - 1, -1):
-            above = torch.tanh(logits.float())
-            shape = tuple(features[finer].shape[2:])
-            above = torch.atanh(grid.resize(above, shape).clamp(-1 + 1e-6, 1 - 1e-6))
-            logits = above + self.heads[finer](features[finer], self.shared).float()
-        return torch.tanh(logits.float())
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.mixed):
+            features = self.backbone(image, level)
+            pushes = [head(f, self.shared) for head, f in zip(self.heads[level:], features[level:], strict=True)]
+        logits = pushes.pop().float() + self.offset.view(1, 3, 1, 1, 1)
+        while pushes:
+            finer = pushes.pop().float()
+            above = grid.resize(torch.tanh(logits), tuple(finer.shape[2:]))
+            logits = torch.atanh(above.clamp(-1 + 1e-6, 1 - 1e-6)) + finer
+        return torch.tanh(logits)
 
 
 def parameter_count(module: nn.Module) -> int:

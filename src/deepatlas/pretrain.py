@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from deepatlas import affine, augment, checkpoint, grid
 from deepatlas.atlas import Structure
@@ -197,6 +198,10 @@ class Run:
         torch.manual_seed(preset.seed)
         self.network = CoordinateNetwork(preset.network).to(device)
         self.autoencoder = Autoencoder().to(device)
+        if str(device).startswith("cuda"):
+            self.network.mixed = self.autoencoder.mixed = preset.mixed
+            if preset.compiled:
+                self.network.compile(dynamic=False)
         where = grid.identity((preset.atlas_size,) * 3, device=device) / MARGIN
         seed, box_to_mm = data.views([seed_index], min(data.finest, max(data.size, preset.atlas_size)))
         to_seed = torch.linalg.inv(box_to_mm) @ data.box_to_mm[[seed_index]]
@@ -331,12 +336,20 @@ class Run:
         shape = tuple(self.targets.shape[2:])
         truth = grid.sample(self.targets[exams], grid.resize(view.places_box, shape))
         weight = grid.resize(view.foreground.float(), shape)
-        gap_mm = torch.einsum("bac,bcijk->baijk", self._mm_per_atlas(), self.network(view.seen, 0) - truth)
+        gap_mm = torch.einsum("bac,bcijk->baijk", self._mm_per_atlas(), self.maps(view.seen, 0) - truth)
         distance = (gap_mm.square().sum(dim=1, keepdim=True) + 1.0).sqrt()  # robust: a fitted map can be wrong
         error = (distance * weight).sum() / weight.sum().clamp_min(1)
         rate = stage.rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / stage.steps)
         norm = self._descend(0.05 * error, self.network, rate)
         return {"loss": float(error.detach()), "rms_mm": float(error.detach()), "gradient": norm}
+
+    def maps(self, seen: Tensor, level: int) -> Tensor:
+        """The network's maps; of a few exams at a time, forgotten and computed again for their gradient, where the
+        preset says so: the same gradient in a part of the memory."""
+        if self.preset.together is None:
+            return self.network(seen, level)
+        parts = seen.split(self.preset.together)
+        return torch.cat([checkpointed(self.network, part, level, use_reentrant=False) for part in parts])
 
     def _mm_per_atlas(self) -> Tensor:
         return (self.seed_box_to_mm[:3, :3] / MARGIN).float().to(self.device)[None]
@@ -365,7 +378,7 @@ class Run:
         stage, generator = self.preset.warm, self._chance(number, step)
         view = self._view([self.seed_index] * stage.batch, generator, Augmentation(), stage.bend, self.crops)
         shape = (16, 16, 16)
-        c_atlas = grid.resize(self.network(view.seen, self.network.coarsest), shape)
+        c_atlas = grid.resize(self.maps(view.seen, self.network.coarsest), shape)
         truth = MARGIN * grid.resize(view.places_box, shape)
         weight = grid.resize(view.foreground.float(), shape)
         error = ((c_atlas - truth).square().sum(dim=1, keepdim=True) * weight).sum() / weight.sum().clamp_min(1)
@@ -380,7 +393,7 @@ class Run:
         view = self._view(exams, self._chance(number, step))
         clock.append(time.perf_counter())
         shape = (stage.loss_size,) * 3
-        c_atlas = grid.resize(self.network(view.seen, self.level), shape)
+        c_atlas = grid.resize(self.maps(view.seen, self.level), shape)
         clock.append(time.perf_counter())
         foreground = grid.resize(view.foreground.float(), shape) > 0.5
         terms = objective(
