@@ -168,6 +168,12 @@ class Preset:
     checkpoint_minutes: float = 3.0
     seed: int = 0
 
+    @property
+    def prepared_size(self) -> int:
+        """Voxels along each axis that exams have to be prepared at: twice the network's where maps are fitted finer."""
+        finest = max([self.network.size, *(stage.fitting.size for stage in self.consolidation)])
+        return self.network.size * (2 if finest > self.network.size else 1)
+
 
 PAPER = Preset(
     name="paper",
@@ -194,9 +200,12 @@ CPU = Preset(
         ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1200),
         ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1600),
         ConsolidationStage(Fitting(steps=15, nodes=12, window=8, smooth=0.3), steps=1200),
+        ConsolidationStage(
+            Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=12, atlas_steps=0), steps=1600
+        ),
     ),
     batch=8,
-    atlas_size=64,
+    atlas_size=128,
     decay=0.94,
     augmentation=Augmentation(scale=0.2, rotation=0.3, translation=0.15),
 )
@@ -208,12 +217,15 @@ DEMO = Preset(
     autoencoder=AutoencoderStage(steps=60, batch=8, rate=0.005),
     warm=WarmStage(steps=400, batch=8, rate=0.004),
     levels=(
-        LevelStage(steps=60, rate=0.004, warm_up=20, loss_size=32),
+        LevelStage(steps=100, rate=0.004, warm_up=20, loss_size=32),
         LevelStage(steps=140, rate=0.003, warm_up=20, loss_size=32),
     ),
     consolidation=(
         ConsolidationStage(Fitting(steps=30, size=48, window=12, atlas_steps=20), steps=300, rate=0.003),
-        ConsolidationStage(Fitting(steps=30, size=48, window=12, atlas_steps=20), steps=200),
+        ConsolidationStage(
+            Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=24, smooth=0.5, atlas_steps=0),
+            steps=300,
+        ),
     ),
     batch=8,
     atlas_size=96,

@@ -15,7 +15,7 @@ import torch
 
 from deepatlas import checkpoint, dense, evaluate, files, grid, outputs, phantom, report, store, warp
 from deepatlas.checkpoint import Model
-from deepatlas.config import PRESETS, Preset
+from deepatlas.config import PRESETS, Fitting, Preset
 from deepatlas.locate import Embedded, Found, define, embed, locate
 from deepatlas.phantom import STRUCTURES, PhantomExam
 from deepatlas.prepare import sample_mm
@@ -28,6 +28,9 @@ PARTS = ("exams", "unseen", "cohort.h5", "model", "found", "plain", "affine", "r
 
 SHOWN = ("whole", "trunk", "neck_chest", "chest_abdomen", "abdomen_pelvis")
 """Fields of view of the phantoms: a third of them whole, the others partial."""
+
+REFINED = (Fitting(), Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=24, smooth=0.5))
+"""How an exam's map is refined: first by what was learned, then on a finer grid."""
 
 POINTS = 20_000
 BODY_HU = -950.0
@@ -80,7 +83,7 @@ def run(
     phantom.write_cohort(out / "unseen", unseen, seed + 1, SHOWN)
     clock.lap("phantoms")
     say("Preparing the cohort")
-    store.build(out / "exams" / "images", out / "cohort.h5", preset.network.size, workers=0)
+    store.build(out / "exams" / "images", out / "cohort.h5", preset.prepared_size, workers=0)
     clock.lap("prepare")
     first = phantom.cohort_exam(0, seed, SHOWN)
     say(f"Training preset {preset.name} on {exams} unlabeled exams")
@@ -88,7 +91,7 @@ def run(
     clock.lap("training")
     say(f"Defining {len(STRUCTURES)} structures on {first.name} alone")
     model = checkpoint.load(out / "model")
-    seed_map = refine(model, first.image, embed(model, first.image))
+    seed_map = _refined(model, first.image, embed(model, first.image))
     drawn = {name: number for name, number in STRUCTURES.items() if (first.labels.array == number).any()}
     model = define(model, [(first.image, first.labels)], drawn, embedded=[seed_map])
     checkpoint.save_structures(model, out / "model")
@@ -178,7 +181,7 @@ def _case(out: Path, model: Model, first: PhantomExam, seed_map: Embedded, exam:
     began = time.monotonic()
     read = files.read_exam(out / "unseen" / "images" / f"{exam.name}.nii.gz")
     plain_map = embed(model, read)
-    exam_map = refine(model, read, plain_map)
+    exam_map = _refined(model, read, plain_map)
     found = locate(model, read, embedded=exam_map)
     outputs.write_answer(out / "found", read, found, model)
     seconds = time.monotonic() - began
@@ -189,6 +192,12 @@ def _case(out: Path, model: Model, first: PhantomExam, seed_map: Embedded, exam:
     plain_mm, _, _ = coordinate_error(first, seed_map, exam, plain_map)
     picture = report.picture(read, dense.aligned_atlas(model, read, exam_map), _masks(found), _truth(exam))
     return Case(exam.name, exam.field_of_view, error_mm, plain_mm, affine_mm, solved, seconds, picture)
+
+
+def _refined(model: Model, exam: Volume, embedded: Embedded) -> Embedded:
+    for how in REFINED:
+        embedded = refine(model, exam, embedded, how)
+    return embedded
 
 
 def _masks(found: dict[str, Found]) -> dict[str, np.ndarray]:

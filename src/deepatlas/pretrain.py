@@ -603,9 +603,8 @@ def _load(path: Path, preset: Preset, device: str) -> Cohorted:
         size, region = cohort.size, cohort.region
     if len(arrays.names) < 2:
         raise CohortError(f"{path} holds {len(arrays.names)} exam; a map is learned from pairs, bring at least 2.")
-    needed = max([preset.network.size, *(stage.fitting.size for stage in preset.consolidation)])
-    wanted = preset.network.size * (1 if needed == preset.network.size else 2)
-    if size not in (preset.network.size, 2 * preset.network.size) or size < needed:
+    wanted = preset.prepared_size
+    if size not in (wanted, 2 * preset.network.size):
         raise CohortError(
             f"{path} is prepared at {size}³, preset {preset.name!r} expects {wanted}³; prepare it with --size {wanted}."
         )
