@@ -87,7 +87,7 @@ def _root(
 def prepare(
     inputs: ExamsOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="The cohort to make or to extend, .h5.")],
-    size: Annotated[int, typer.Option(help="Voxels along each axis of a prepared exam.", min=8, max=512)] = 64,
+    size: Annotated[int, typer.Option(help="Voxels along each axis of a prepared exam.", min=8, max=512)] = 128,
     region: Annotated[
         str, typer.Option(help='"body" cuts to the patient, "exam" takes all, "340mm" a fixed cube.')
     ] = "body",
