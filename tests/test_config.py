@@ -38,7 +38,9 @@ def test_a_preset_fits_together(name):
     assert all(
         0 < stage.rate <= 0.01 and stage.steps > 0 for stage in (preset.autoencoder, preset.warm, *preset.levels)
     )
-    assert all(stage.fitting.nodes < stage.fitting.size <= 64 and stage.steps > 0 for stage in preset.consolidation)
+    for stage in preset.consolidation:
+        assert stage.fitting.nodes < stage.fitting.size <= preset.prepared_size
+        assert stage.steps > 0
     assert 0 < preset.decay <= 1
     assert all(getattr(preset.weights, f.name) >= 0 for f in fields(preset.weights) if f.name != "window")
 
