@@ -167,3 +167,25 @@ def test_the_noise_is_as_strong_as_said():
     noisy = augment.apply_tone(image, torch.tensor([[1.0, 0.1, 0.05]]), chance())
     assert abs(float(noisy.mean()) - 0.6) < 0.003
     assert abs(float(noisy.std()) - 0.05) < 0.002
+
+
+def lent_below(height: float) -> torch.Tensor:
+    """What an exam shows that ends at a height of the atlas."""
+    return (grid.identity((16,) * 3)[:, 2:] < height).float()
+
+
+def test_a_borrowed_view_is_what_both_exams_show():
+    where = grid.identity((20,) * 3)
+    own = where.norm(dim=1, keepdim=True) < 0.8
+    borrowed = augment.borrow_view(own, where, lent_below(0.0), torch.ones(1))
+    assert torch.equal(borrowed.seen > 0, own & (where[:, 2:] < 0))
+    assert torch.allclose(borrowed.centre, torch.tensor([[0.0, 0.0, -0.4]]), atol=0.06)
+
+
+@pytest.mark.parametrize(("height", "taken"), [(0.0, 0.0), (-0.75, 1.0)])
+def test_a_view_that_is_not_wanted_or_leaves_too_little_is_not_borrowed(height, taken):
+    where = grid.identity((20,) * 3)
+    own = where.norm(dim=1, keepdim=True) < 0.8
+    borrowed = augment.borrow_view(own, where, lent_below(height), torch.full((1,), taken))
+    assert borrowed.seen.all()
+    assert not borrowed.centre.any()

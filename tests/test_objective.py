@@ -8,7 +8,18 @@ import torch
 from deepatlas import affine, grid, losses, warp
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.config import Weights
-from deepatlas.objective import Atlas, Exams, Terms, _erode, _unsolved, objective, spacing_mm
+from deepatlas.objective import (
+    Atlas,
+    Exams,
+    Terms,
+    _erode,
+    _unsolved,
+    autoencoder_features,
+    cut_off,
+    explicit_terms,
+    objective,
+    spacing_mm,
+)
 
 SIZE = 16
 WHOLE = Weights(window=None)
@@ -215,3 +226,25 @@ def test_what_the_solver_leaves_is_paid_in_voxels_with_the_place_held_fixed():
     assert (gradient[:, :, ..., 4:] == 0).all()
     solved = found._replace(valid=half)
     assert float(_unsolved(0.5 * where, c_q.detach(), solved, everywhere, everywhere)) == 0
+
+
+def test_only_voxels_at_a_cut_count_as_cut_off():
+    where = grid.identity((24,) * 3)
+    body = where.norm(dim=1, keepdim=True) < 0.8
+    below = where[:, 2:] < 0.2
+    lost = cut_off(where, body & below, body.float())
+    step = 2 / 23
+    assert lost[body & below & (where[:, 2:] > 0.2 - step)].all()
+    assert not lost[below & (where[:, 2:] < 0.2 - 2 * step)].any()
+
+
+def test_what_is_not_compared_has_no_part_in_the_likeness(autoencoder):
+    maps, exams, atlas = alike(1)
+    upper = grid.identity((SIZE,) * 3)[:, 2:] > 0
+    spoiled = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
+    spoiled.edges[upper] = 7.0
+    whole = explicit_terms(maps, exams, atlas, autoencoder, spoiled, None)
+    part = explicit_terms(maps, exams, atlas, autoencoder, spoiled, None, exams.foreground & ~upper)
+    assert whole.edges > 1
+    assert part.edges < 0.1
+    assert part.smooth == whole.smooth

@@ -16,13 +16,30 @@ SOURCE = Path(deepatlas.__file__).parent
 ORDER = [
     *("errors", "shapes", "config", "machine"),
     *("kernels_cpu", "kernels_gpu", "grid", "affine", "warp", "losses", "augment", "metrics"),
-    *("volume", "dicom", "phantom", "files", "prepare", "store"),
+    *("volume", "dicom", "phantom", "files", "markups", "prepare", "store"),
     *("networks", "autoencoder", "atlas", "checkpoint"),
     *("distributed", "loop", "objective", "fitting", "pretrain", "finetune", "regseg"),
-    *("locate", "refine", "dense", "outputs", "library", "assess", "cascade", "evaluate", "report", "demo"),
+    *(
+        "locate",
+        "refine",
+        "places",
+        "regions",
+        "register",
+        "dense",
+        "orientation",
+        "consistency",
+        "vote",
+        "outputs",
+        "library",
+        "assess",
+        "cascade",
+        "evaluate",
+        "report",
+        "demo",
+    ),
     *("cli", "__main__"),
 ]
-EXAMS = {"volume", "dicom", "phantom", "files", "prepare", "store"}
+EXAMS = {"volume", "dicom", "phantom", "files", "markups", "prepare", "store"}
 MODELS = {"networks", "autoencoder", "atlas", "checkpoint"}
 DOOR = {"cli", "__main__", "__init__"}  # loads the rooms when they are asked for, so it answers for itself
 

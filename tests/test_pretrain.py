@@ -17,6 +17,7 @@ from deepatlas import checkpoint, files, store
 from deepatlas import pretrain as recipe
 from deepatlas.atlas import Structure
 from deepatlas.config import (
+    Augmentation,
     AutoencoderStage,
     ConsolidationStage,
     Fitting,
@@ -26,7 +27,7 @@ from deepatlas.config import (
     WarmStage,
 )
 from deepatlas.errors import CohortError, ModelError
-from deepatlas.pretrain import Run, _batch, _load, most_anatomy, pretrain
+from deepatlas.pretrain import Run, _batch, _load, by_anatomy, pretrain
 
 TINY = Preset(
     name="tiny",
@@ -34,7 +35,7 @@ TINY = Preset(
     autoencoder=AutoencoderStage(steps=2, batch=2, rate=0.003),
     warm=WarmStage(steps=12, batch=2, rate=0.004),
     levels=(LevelStage(steps=2, rate=0.003, warm_up=2, loss_size=16), LevelStage(steps=3, warm_up=2, loss_size=16)),
-    consolidation=(ConsolidationStage(Fitting(steps=2, nodes=4, size=16), steps=3),),
+    consolidation=(ConsolidationStage(Fitting(steps=2, nodes=4, size=16), steps=3, whole=0.75, borrow=0.5),),
     batch=2,
     atlas_size=16,
     checkpoint_minutes=0.0,
@@ -263,7 +264,7 @@ def begun(cohort: Path, seed: int = 0) -> Run:
 
 def test_the_atlas_begins_as_the_seed_exam_within_its_margin(cohort):
     run = begun(cohort)
-    assert run.data.names[most_anatomy(run.data)] == run.seed_name == "c"
+    assert run.data.names[by_anatomy(run.data)[0]] == run.seed_name == "c"
     centre = run.atlas[0, 0, 4:12, 4:12, 4:12]
     assert centre.std() > 0.05
     where = torch.linspace(-1, 1, 16) / checkpoint.MARGIN
@@ -371,9 +372,43 @@ def test_the_mean_atlas_of_an_exam_with_itself_is_that_exam(cohort):
         names=["c"], **{part: getattr(data, part)[[run.seed_index]] for part in ("image", "foreground", "box_to_mm")}
     )
     before = run.atlas.detach().clone()
+    run.targets = where
     with torch.no_grad():
-        mean = run.mean_atlas(lambda exam: where)
+        mean = run.mean_atlas([0])
     seen = recipe.grid.sample(run.data.foreground.float(), recipe.grid.identity((16,) * 3) / recipe.MARGIN) > 0.99
     assert (mean - before)[seen].abs().mean() < 0.03
     corner = mean[0, 0, 0, 0, 0]
     assert corner == before[0, 0, 0, 0, 0]  # nobody reaches it
+
+
+def test_a_round_learns_from_the_exams_that_show_most(cohort):
+    run = begun(cohort)
+    most = torch.stack([run.data.foreground[n].sum() * run.data.box_to_mm[n].det() for n in range(4)]).argsort()
+    assert run.learned_from(ConsolidationStage(whole=0.5)) == sorted(most[-2:].tolist())
+    assert run.learned_from(ConsolidationStage()) == [0, 1, 2, 3]
+
+
+def test_an_exam_that_borrows_a_view_is_shown_there_alone_and_from_its_middle(cohort):
+    run = begun(cohort)
+    run.targets = (recipe.MARGIN * recipe.grid.identity((16,) * 3)).repeat(4, 1, 1, 1, 1)
+    lower = recipe.grid.identity((12,) * 3)[:, 2:] < 0
+    run.lent = lower.repeat(4, 1, 1, 1, 1)
+    chance = run._chance(0, 0)
+    borrowed = run._borrowed([0, 1], chance, 1.0)
+    still = Augmentation(scale=0, rotation=0, translation=0, cut=0, tone=0)
+    view = run._view([0, 1], chance, still, borrowed=borrowed)
+    height = view.places_box[:, 2:]
+    assert (height[view.seen > 0] < 0.1).all()
+    assert (height[view.foreground] < 0.1).all()
+    assert (view.seen > 0).any()
+    assert borrowed.centre[:, 2].max() < -0.3  # the lower half fills the view
+    assert torch.allclose(height[:, 0].mean(dim=(1, 2, 3)), borrowed.centre[:, 2], atol=1e-4)
+
+
+def test_what_an_exam_shows_is_lent_in_the_atlas(cohort):
+    run = begun(cohort)
+    run.targets = (recipe.MARGIN * recipe.grid.identity((16,) * 3)).repeat(4, 1, 1, 1, 1)
+    lent = run._shown(0)[0, 0].float()
+    where = recipe.grid.identity((12,) * 3) / recipe.MARGIN
+    there = recipe.grid.sample(run.data.foreground[:1].float(), where) > 0.5
+    assert (lent - (there & recipe.grid.inside(where))[0, 0].float()).abs().mean() < 0.02

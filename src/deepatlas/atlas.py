@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deepatlas import grid, warp
@@ -65,6 +65,26 @@ class Structure:
         """Atlas coordinates of the nodes of its grid."""
         low, high = self.box_atlas[0].view(1, 3, 1, 1, 1), self.box_atlas[1].view(1, 3, 1, 1, 1)
         return low + (grid.identity(tuple(self.mask.shape)) + 1) / 2 * (high - low)
+
+
+REGION_NODES = 16
+"""A region is looked for by so many nodes along each edge."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A named cube of the atlas (§5.2.4), its edges along the atlas axes."""
+
+    name: str
+    box_atlas: Float[Tensor, "2 3"]
+    """Its lowest and its highest corner."""
+    counted: Bool[Tensor, "i j k"]
+    """Which of its `REGION_NODES`³ nodes lie in anatomy: an exam covers the region as far as it shows these."""
+
+    def nodes_atlas(self) -> Float[Tensor, "1 3 i j k"]:
+        """Atlas coordinates of its nodes."""
+        low, high = self.box_atlas[0].view(1, 3, 1, 1, 1), self.box_atlas[1].view(1, 3, 1, 1, 1)
+        return low + (grid.identity(tuple(self.counted.shape)) + 1) / 2 * (high - low)
 
 
 class Drawn(NamedTuple):

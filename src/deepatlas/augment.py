@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from deepatlas import affine, grid
-from deepatlas.shapes import Affine, Coordinates, Image
+from deepatlas.shapes import Affine, Coordinates, Image, Mask
 
 
 def draw_uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
@@ -98,6 +98,45 @@ def outside_cut(cut: Cut, points_box: Float[Tensor, "batch 3 i j k"]) -> Tensor:
         height = torch.einsum("ba,baijk->bijk", cut.normal[:, plane], points_box)[:, None]
         lost |= height > cut.offset[:, plane].view(-1, 1, 1, 1, 1)
     return lost
+
+
+class Borrowed(NamedTuple):
+    """The view of another exam: what of an exam would be seen, had it been cut as that one was."""
+
+    seen: Float[Tensor, "batch 1 i j k"]
+    """1 where it would be seen, in the exam's box."""
+    centre: Float[Tensor, "batch 3"]
+    """Middle of the box around it, in the exam's box: a fixed extent is prepared around it."""
+
+
+def borrow_view(
+    own: Mask, c_atlas: Coordinates, lent: Float[Tensor, "batch 1 x y z"], taken: Float[Tensor, "batch"]
+) -> Borrowed:
+    """Cut exams as others are, by the shapes of those in the atlas.
+
+    Fields of view are cut by scanners, but also by hand and by dose; a network that has seen whole exams only takes
+    such a cut for the surface of the body. Where a loan leaves less than `LEAST_SEEN` of the exam, it is not taken.
+
+    Args:
+        own: the patient in each exam.
+        c_atlas: its map, on the same grid.
+        lent: what the other exam shows, in the atlas.
+        taken: 1 where the loan is wanted, 0 where the exam stays whole.
+    """
+    shared = own & (grid.sample(lent, c_atlas) > 0.5)
+    enough = shared.flatten(1).sum(dim=1) > LEAST_SEEN * own.flatten(1).sum(dim=1)
+    wanted = (enough & (taken > 0)).view(-1, 1, 1, 1, 1)
+    seen = torch.where(wanted, shared, True)
+    size = torch.tensor(own.shape[2:], device=own.device) - 1
+    centres = []
+    for one in torch.where(wanted, shared, False)[:, 0]:
+        index = one.nonzero()
+        middle = (index.amin(dim=0) + index.amax(dim=0)) / size - 1.0 if len(index) else torch.zeros(3)
+        centres.append(middle)
+    return Borrowed(seen.to(c_atlas), torch.stack(centres).to(c_atlas))
+
+
+LEAST_SEEN = 0.1
 
 
 def draw_bend(batch: int, generator: Generator, amplitude: float = 0.06, nodes: int = 5) -> Coordinates:

@@ -3,7 +3,7 @@
 A model folder, format version 1:
 
 =========================  ===============================================================================
-``model.json``             format, version, sizes, preparation, seed exam, structures (name, label, level...)
+``model.json``             format, version, sizes, preparation, seed exam, structures (name, label, level...), regions
 ``weights.safetensors``    network, autoencoder and atlas; half or single precision
 ``structures.safetensors`` one soft mask per structure
 =========================  ===============================================================================
@@ -15,15 +15,16 @@ type and shape against the header before any array is allocated.
 import json
 import os
 import struct
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepatlas.atlas import Structure
+from deepatlas.atlas import REGION_NODES, Region, Structure
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.config import NetworkConfig
 from deepatlas.errors import ModelError, StructureError
@@ -52,6 +53,7 @@ class Model:
     """The level of the network that is trained and used (0 is the finest)."""
     seed_exam: str
     structures: dict[str, Structure]
+    regions: dict[str, Region] = field(default_factory=dict)
     name: str = "model"
     familiar: float = 0.0
     """An exam whose mean likeness to the aligned atlas lies below this is unlike any that was learned."""
@@ -78,6 +80,10 @@ class Model:
     def with_structures(self, *added: Structure) -> "Model":
         """The model with structures added; one of the same name is replaced, the others stay."""
         return replace(self, structures=self.structures | {s.name: s for s in added})
+
+    def with_regions(self, *added: Region) -> "Model":
+        """The model with regions added; one of the same name is replaced, the others stay."""
+        return replace(self, regions=self.regions | {r.name: r for r in added})
 
     def without(self, name: str) -> "Model":
         """The model without one structure."""
@@ -125,6 +131,10 @@ def save_structures(model: Model, folder: Path) -> None:
             }
             for s in model.structures.values()
         ],
+        "regions": [
+            {"name": r.name, "box_atlas": r.box_atlas.tolist(), "counted": _bits(r.counted)}
+            for r in model.regions.values()
+        ],
     }
     write_text(folder / "model.json", json.dumps(about, indent=1))
 
@@ -160,6 +170,7 @@ def load(folder: Path) -> Model:
             level=int(about["level"]),
             seed_exam=str(about["seed_exam"]),
             structures=structures,
+            regions={str(entry["name"]): _region(entry) for entry in about.get("regions", [])},
             name=folder.name,
             familiar=float(about["familiar"]),
         )
@@ -248,6 +259,17 @@ def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
             exams=int(entry["exams"]),
         )
     return found
+
+
+def _region(entry: dict) -> Region:
+    counted = np.unpackbits(np.frombuffer(bytes.fromhex(entry["counted"]), np.uint8)).astype(bool)
+    box_atlas = torch.tensor(entry["box_atlas"], dtype=torch.float32).view(2, 3)
+    return Region(str(entry["name"]), box_atlas, torch.from_numpy(counted).view(*(REGION_NODES,) * 3))
+
+
+def _bits(mask: Tensor) -> str:
+    """A boolean array as hexadecimal digits, four bits each."""
+    return np.packbits(mask.numpy()).tobytes().hex()
 
 
 def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], kinds: set[str]) -> dict[str, Tensor]:

@@ -136,6 +136,11 @@ class ConsolidationStage:
     """Amplitude of a random smooth deformation of exam and target, in box units."""
     gentle: float = 0.5
     """Share of the preset's changes of pose and size: the network has seen the large ones, and precision is next."""
+    whole: float = 1.0
+    """Share of the exams that are fitted and learned from, those that show most of the body first: where little of it
+    is shown a fit has little to hold on to."""
+    borrow: float = 0.0
+    """Probability that an exam is shown only where another exam of the cohort is: `deepatlas.augment.Borrowed`."""
 
 
 @dataclass(frozen=True)

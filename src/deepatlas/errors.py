@@ -23,3 +23,11 @@ class ModelError(DeepAtlasError):
 
 class StructureError(DeepAtlasError):
     """A structure that the library does not hold, or that cannot be defined."""
+
+
+class MarkupError(DeepAtlasError):
+    """A file of points or boxes that cannot be used."""
+
+
+class RegionError(DeepAtlasError):
+    """A region that the model does not hold, that cannot be defined, or that an exam does not show."""

@@ -150,6 +150,19 @@ def read_labels(path: Path | str, like: Volume | None = None) -> Volume:
     return labels
 
 
+def read_values(path: Path | str) -> Volume:
+    """Read any volume as it is: whole numbers stay whole, others become float32. For results, not for exams.
+
+    Raises:
+        ExamError: missing, broken, not three-dimensional, or not placed in space.
+    """
+    path = Path(path)
+    raw = _read_raw(path, ExamError)
+    affine, _ = _affine(raw, path, None, ExamError)
+    values = _scaled(raw, path, ExamError)
+    return Volume(values if values.dtype.kind in "iu" else values.astype(np.float32), affine)
+
+
 def as_exam(volume: Volume, name: str = "volume") -> Exam:
     """A volume that no file holds yet, with a header, so that it can be written."""
     header = nib.Nifti1Image(np.zeros(volume.shape, np.uint8), volume.affine).header
@@ -213,6 +226,13 @@ def write_image(path: Path | str, array: np.ndarray, like: Exam) -> Path:
     else:
         raise ExamError(f"Expected an image of real numbers, got {array.dtype}; convert it first.")
     return _write(Path(path), array.astype(kind), like)
+
+
+def write_vectors(path: Path | str, vectors: np.ndarray, like: Exam) -> Path:
+    """Write a displacement field (i, j, k, 1, 3), LPS mm, on the grid of `like`, marked as vectors for ITK. Atomic."""
+    if vectors.shape != (*like.shape, 1, 3):
+        raise ExamError(f"Expected vectors of shape {(*like.shape, 1, 3)}, got {vectors.shape}.")
+    return _write(Path(path), vectors.astype(np.float32), like, intent="vector")
 
 
 def read_names(path: Path | str) -> dict[str, int]:
@@ -443,19 +463,26 @@ def _check_intensity(array: np.ndarray, path: Path) -> None:
         )
 
 
-def _write(path: Path, array: np.ndarray, like: Exam) -> Path:
-    """Write beside the target and move into place. The header's free text, which may name a patient, is left out."""
-    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
-    if suffix is None:
-        raise ExamError(f"Expected a file name ending in .nii or .nii.gz, got {path.name}; rename it.")
-    header = like.header.copy()
-    header.set_data_dtype(array.dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_max"] = header["cal_min"] = 0
-    header["vox_offset"] = 0
+def without_text(header: nib.Nifti1Header) -> nib.Nifti1Header:
+    """A header without its free text, which may name a patient."""
+    header = header.copy()
     for text in ("descrip", "aux_file", "db_name", "intent_name"):
         if text in header:
             header[text] = b""
+    return header
+
+
+def _write(path: Path, array: np.ndarray, like: Exam, intent: str = "none") -> Path:
+    """Write beside the target and move into place. The header's free text is left out."""
+    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+    if suffix is None:
+        raise ExamError(f"Expected a file name ending in .nii or .nii.gz, got {path.name}; rename it.")
+    header = without_text(like.header)
+    header.set_data_dtype(array.dtype)
+    header.set_intent(intent)
+    header.set_slope_inter(1, 0)
+    header["cal_max"] = header["cal_min"] = 0
+    header["vox_offset"] = 0
     image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(array, None, header)
     part = path.with_name(f".{exam_name(path)}.{os.getpid()}{suffix}")
     try:

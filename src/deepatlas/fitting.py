@@ -14,7 +14,7 @@ from torch import Tensor
 from deepatlas import affine, grid
 from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.config import Fitting, Weights
-from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms
+from deepatlas.objective import Atlas, Exams, autoencoder_features, cut_off, explicit_terms
 from deepatlas.shapes import Affine, Coordinates, Features
 
 
@@ -42,13 +42,14 @@ def fit(
     weights = replace(weights, window=how.window, smooth_explicit=how.smooth)
     start = c_atlas.detach()
     target = autoencoder_features(describe, exams.image, exams.mm_per_box)
+    compared = exams.foreground & ~cut_off(start, exams.foreground, atlas.image)
     residual = torch.zeros(len(start), 3, *(how.nodes,) * 3, device=start.device, requires_grad=True)
     optimiser = torch.optim.Adam([residual], lr=how.rate)
     best, before = residual.detach().clone(), None
     lowest = torch.full((len(start),), torch.inf, device=start.device)
     for step in range(how.steps + 1):
         moved = start + grid.resize(residual, tuple(start.shape[2:]))
-        terms = explicit_terms(moved, exams, atlas, describe, target, weights.window)
+        terms = explicit_terms(moved, exams, atlas, describe, target, weights.window, compared)
         loss = (
             weights.explicit * terms.similarity + weights.edges * terms.edges + weights.smooth_explicit * terms.smooth
         )

@@ -204,7 +204,7 @@ def locate(
     """
     wanted = [model.structure(name) for name in (model.structures if structures is None else structures)]
     embedded = embedded or embed(model, exam)
-    alike = _likeness(model, embedded)
+    alike = likeness_of(model, embedded)
     known = alike.of_exam() >= model.familiar
     coverages = [reached if known else 0.0 for reached in _coverages(wanted, embedded)]
     # an exam unlike any that was learned has coordinates without meaning
@@ -310,7 +310,7 @@ def owners_reference(structures: list[Structure], embedded: Embedded, exam: Volu
     return owner.numpy()
 
 
-def _found(structure: Structure, coverage: float, place, exam: Volume, alike: "_Likeness") -> Found:
+def _found(structure: Structure, coverage: float, place, exam: Volume, alike: "Likeness") -> Found:
     if place is None:
         return Found(structure.name, structure.label, "absent", coverage, None, None, None, None, None, -1)
     owner, number, count, span = place
@@ -329,7 +329,7 @@ def _found(structure: Structure, coverage: float, place, exam: Volume, alike: "_
     )
 
 
-class _Likeness(NamedTuple):
+class Likeness(NamedTuple):
     """How well an exam looks like the atlas aligned to it, on a grid of half the nodes."""
 
     c_atlas: Coordinates
@@ -342,16 +342,17 @@ class _Likeness(NamedTuple):
         return float((self.local * self.foreground).sum() / self.foreground.sum().clamp_min(1))
 
 
-def _likeness(model: Model, embedded: Embedded) -> _Likeness:
+def likeness_of(model: Model, embedded: Embedded) -> Likeness:
+    """How well an exam looks like the atlas aligned to it by its map."""
     shape = tuple(n // 2 for n in embedded.prepared.hu.shape)
     c_atlas = grid.resize(embedded.c_atlas, shape)
     image = grid.shrink(torch.from_numpy(embedded.prepared.image)[None, None], shape)
     local = likeness(c_atlas, image, model.atlas, model.autoencoder)
     foreground = grid.resize(embedded.foreground.float(), shape)
-    return _Likeness(c_atlas, local, foreground)
+    return Likeness(c_atlas, local, foreground)
 
 
-def _confidence(structure: Structure, alike: _Likeness) -> float:
+def _confidence(structure: Structure, alike: Likeness) -> float:
     """Mean likeness in and next to the structure."""
     member = (structure.membership(alike.c_atlas) > 0.5 * structure.level).float()
     weight = F.max_pool3d(member, 3, 1, 1) * alike.foreground

@@ -86,12 +86,31 @@ def explicit_terms(
     autoencoder: Autoencoder | Intensities,
     target: "Target",
     window: int | None,
+    compared: Mask | None = None,
 ) -> Explicit:
-    """``X ∘ Φ_E ~ x_n`` with Φ_E = c_n. Source: §5.1.2, eq. 3 and 13."""
+    """``X ∘ Φ_E ~ x_n`` with Φ_E = c_n; ``compared`` is where images are, else in the whole foreground.
+
+    Source: §5.1.2, eq. 3 and 13.
+    """
     moved = _warp_atlas(atlas, c_atlas)
-    similarity, edges = _similarity(autoencoder, moved, target, exams.foreground, window)
+    compared = exams.foreground if compared is None else compared
+    similarity, edges = _similarity(autoencoder, moved, target, compared, window)
     smooth, folded = losses.smoothness(c_atlas, atlas.mm_per_atlas, exams.mm_per_box, exams.foreground)
     return Explicit(similarity, edges, smooth, folded)
+
+
+def cut_off(c_atlas: Coordinates, foreground: Mask, atlas: Image) -> Mask:
+    """Voxels next to a place where the atlas shows the body and the exam shows nothing: the view ends there, not the
+    body, and its edge must not be matched as if it were anatomy.
+
+    Source: ours; the paper's exams are whole.
+    """
+    lacking = (grid.sample(atlas, c_atlas) > BODY) & ~foreground
+    return F.max_pool3d(lacking.to(c_atlas.dtype), 3, 1, 1) > 0
+
+
+BODY = 0.15
+"""Value of the atlas, 0 ... 1, from which a place counts as body."""
 
 
 class ImplicitTerms(NamedTuple):

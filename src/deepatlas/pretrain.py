@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from deepatlas import affine, augment, checkpoint, grid
+from deepatlas import affine, augment, checkpoint, grid, warp
 from deepatlas.atlas import Structure
 from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.checkpoint import MARGIN, Model
@@ -218,6 +218,8 @@ class Run:
         fitted = len(data.names) if preset.consolidation else 0
         self.targets = torch.zeros(fitted, 3, *finest, device=device)
         """Maps fitted to the exams, on the finest level's grid; filled by the first fitting."""
+        self.lent = torch.zeros(0)
+        """What every exam shows, in the atlas; made from the maps when it is first wanted."""
 
     @classmethod
     def begin(cls, data: Cohorted, preset: Preset, seed_exam: str | None, base: Model | None, device: str) -> "Run":
@@ -226,7 +228,7 @@ class Run:
             raise CohortError(
                 f"The cohort has no exam {seed_exam!r} to seed the atlas with; it has {data.names[0]}, ..."
             )
-        index = data.names.index(seed_exam) if seed_exam else most_anatomy(data)
+        index = data.names.index(seed_exam) if seed_exam else by_anatomy(data)[0]
         run = cls(data, preset, index, device)
         if base is not None:
             if (base.size, base.region) != (data.size, data.region):
@@ -252,9 +254,9 @@ class Run:
             (f"level {preset.network.sizes[coarsest - n]}³", stage.steps, self.level_step)
             for n, stage in enumerate(preset.levels)
         ]
-        batches = -(-len(self.data.names) // preset.batch)
         rounds = []
         for number, stage in enumerate(preset.consolidation):
+            batches = -(-len(self.learned_from(stage)) // preset.batch)
             rounds.append((f"fitting {number + 1}", batches, partial(self._fitting_step, stage)))
             rounds.append((f"consolidation {number + 1}", stage.steps, partial(self._consolidation_step, stage)))
         if self.from_model:
@@ -265,6 +267,11 @@ class Run:
             *levels,
             *rounds,
         ]
+
+    def learned_from(self, stage: ConsolidationStage) -> list[int]:
+        """The exams a round of consolidation uses, in the order of the cohort."""
+        exams = len(self.data.names)
+        return sorted(by_anatomy(self.data)[: max(2, round(stage.whole * exams))])
 
     def enter(self, number: int) -> None:
         """Make the optimiser of a stage; say how far the map jumps where a finer level begins."""
@@ -281,15 +288,20 @@ class Run:
             trained = [self.atlas]
         if name.startswith("consolidation"):
             self.level = 0
+            self.lent = torch.zeros(0)
         self.network.zero_grad()  # a stage that leaves the network alone must not judge it by its last gradient
         self.optimiser = torch.optim.Adam(trained, lr=1e-3, betas=(0.9, 0.99))
 
     def _fitting_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
         """Fit maps to the next few exams, keep them as what the network is to learn, and sharpen the atlas by them."""
+        learned_from, finest = self.learned_from(stage), (self.preset.network.sizes[0],) * 3
         if step == 0:
             with torch.no_grad():
-                self.atlas.data.copy_(self.mean_atlas(lambda exam: self.network(self.data.image[[exam]], self.level)))
-        exams = list(range(len(self.data.names)))[step * self.preset.batch : (step + 1) * self.preset.batch]
+                for exam in range(len(self.data.names)):
+                    c_atlas = self.network(self.data.image[[exam]], self.level)
+                    self.targets[[exam]] = grid.resize(c_atlas, finest).clamp(-0.999, 0.999)
+                self.atlas.data.copy_(self.mean_atlas(learned_from))
+        exams = learned_from[step * self.preset.batch : (step + 1) * self.preset.batch]
         how, shape = stage.fitting, (stage.fitting.size,) * 3
         views, box_to_mm = self.data.views(exams, how.size)
         to_coarse = torch.linalg.inv(self.data.box_to_mm[exams]) @ box_to_mm
@@ -305,24 +317,23 @@ class Run:
             terms = explicit_terms(fitted, views, Atlas(self.atlas, mm_per_atlas), describe, target, how.window)
             loss = (weights.explicit * terms.similarity + weights.edges * terms.edges).mean()
             self._descend(loss, self.network, ATLAS_RATE)
-        finest = (self.preset.network.sizes[0],) * 3
         moved = carried(found.residual, torch.linalg.inv(to_coarse), finest)
         self.targets[exams] = (grid.resize(c_atlas, finest) + moved).clamp(-0.999, 0.999)
-        if exams[-1] == len(self.data.names) - 1 and not how.atlas_steps:
-            self.atlas.data.copy_(self.mean_atlas(lambda exam: self.targets[[exam]]))
+        if exams[-1] == learned_from[-1] and not how.atlas_steps:
+            self.atlas.data.copy_(self.mean_atlas(learned_from))
         return {"loss": float(found.after.mean()), "explicit": float(found.before.mean())}
 
-    def mean_atlas(self, map_of: Callable[[int], Tensor]) -> Tensor:
-        """The mean of all exams, each carried into the atlas by its map; the atlas as it is where none reaches.
+    def mean_atlas(self, exams: list[int]) -> Tensor:
+        """The mean of exams, each carried into the atlas by its target; the atlas as it is where none reaches.
 
         As fine as the exams are, where the atlas so far was learned on coarse grids.
         """
         shape = tuple(self.atlas.shape[2:])
         total = torch.zeros(1, 2, *shape, device=self.device)
-        for exam in range(len(self.data.names)):
+        for exam in exams:
             views, box_to_mm = self.data.views([exam], self.data.finest)
             to_coarse = torch.linalg.inv(self.data.box_to_mm[[exam]]) @ box_to_mm
-            c_atlas = carried(map_of(exam), to_coarse, tuple(views.image.shape[2:]))
+            c_atlas = carried(self.targets[[exam]], to_coarse, tuple(views.image.shape[2:]))
             seen = views.foreground.to(views.image)
             total += grid.splat(torch.cat([views.image * seen, seen], dim=1), c_atlas, shape)
         known = total[:, 1:] > 0.5
@@ -330,9 +341,12 @@ class Run:
 
     def _consolidation_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
         """The fitted maps, bent and turned with the exams, as targets of the finest level."""
-        exams = _batch(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)
+        learned_from, chance = self.learned_from(stage), self._chance(number, step)
+        places = _batch(len(learned_from), self.preset.batch, step, self.preset.seed + 1 + number)
+        exams = [learned_from[place] for place in places]
         gentle = self.preset.augmentation.gentler(stage.gentle)
-        view = self._view(exams, self._chance(number, step), gentle, stage.bend)
+        borrowed = self._borrowed(exams, chance, stage.borrow) if stage.borrow else None
+        view = self._view(exams, chance, gentle, stage.bend, borrowed=borrowed)
         shape = tuple(self.targets.shape[2:])
         truth = grid.sample(self.targets[exams], grid.resize(view.places_box, shape))
         weight = grid.resize(view.foreground.float(), shape)
@@ -342,6 +356,23 @@ class Run:
         rate = stage.rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / stage.steps)
         norm = self._descend(0.05 * error, self.network, rate)
         return {"loss": float(error.detach()), "rms_mm": float(error.detach()), "gradient": norm}
+
+    def _borrowed(self, exams: list[int], chance: Generator, probability: float) -> augment.Borrowed:
+        """The views of random other exams, laid over these by the fitted maps."""
+        if not len(self.lent):
+            self.lent = torch.cat([self._shown(exam) for exam in range(len(self.data.names))])
+        shape = tuple(self.targets.shape[2:])
+        own = grid.resize(self.data.foreground[exams].float(), shape) > 0.5
+        lenders = torch.randint(len(self.lent), (len(exams),), generator=chance)
+        taken = (torch.rand(len(exams), generator=chance) < probability).to(self.targets)
+        return augment.borrow_view(own, self.targets[exams], self.lent[lenders].to(self.targets), taken)
+
+    def _shown(self, exam: int) -> Tensor:
+        """Where the atlas is shown by an exam, (1, 1, n, n, n) bool."""
+        foreground = self.data.foreground[[exam]]
+        c_atlas = grid.resize(self.targets[[exam]], tuple(foreground.shape[2:]))
+        places = grid.identity((3 * self.data.size // 4,) * 3, device=self.device)
+        return warp.implicit(c_atlas, places, foreground).valid
 
     def maps(self, seen: Tensor, level: int) -> Tensor:
         """The network's maps; of a few exams at a time, forgotten and computed again for their gradient, where the
@@ -445,6 +476,7 @@ class Run:
         how: Augmentation | None = None,
         bend: float = 0.0,
         crop: bool = False,
+        borrowed: augment.Borrowed | None = None,
     ) -> View:
         how = how or self.preset.augmentation
         batch, shape, device = len(exams), (self.data.size,) * 3, self.device
@@ -453,6 +485,8 @@ class Run:
             matrix = augment.draw_crop(box, chance)
         else:
             matrix = augment.draw_affine(box, chance, how.scale, how.rotation, how.translation)
+        if borrowed is not None:
+            matrix[:, :3, 3] += borrowed.centre
         cut = augment.draw_cut(batch, chance, how.cut)
         tone = augment.draw_tone(batch, chance, how.tone).to(device)
         places = augment.place(matrix, shape)
@@ -462,6 +496,8 @@ class Run:
         image = grid.sample(self.data.image[exams], places) * within
         foreground = (grid.sample(self.data.foreground[exams].float(), places) > 0.5) & within
         lost = augment.outside_cut(augment.Cut(*(part.to(device) for part in cut)), places)
+        if borrowed is not None:
+            lost |= grid.sample(borrowed.seen, places) < 0.5
         seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
         mm_per_box = box @ matrix[:, :3, :3]
         return View(seen, image, foreground & ~lost, mm_per_box, places)
@@ -591,10 +627,11 @@ def _csv_log(path: Path, append: bool) -> Iterator[Callable[[dict], None]]:
         yield write
 
 
-def most_anatomy(data: Cohorted) -> int:
-    """The exam with the largest foreground in mm³: the seed of the atlas. Source: §5.2.5 ("comprehensive coverage")."""
+def by_anatomy(data: Cohorted) -> list[int]:
+    """The exams by their foreground in mm³, largest first: that one seeds the atlas. Source: §5.2.5."""
     share = data.foreground.float().mean(dim=(1, 2, 3, 4)).double().cpu()
-    return int(torch.argmax(share * torch.linalg.det(data.box_to_mm[:, :3, :3]).abs()))
+    volume = share * torch.linalg.det(data.box_to_mm[:, :3, :3]).abs()
+    return torch.argsort(volume, descending=True, stable=True).tolist()
 
 
 def _load(path: Path, preset: Preset, device: str) -> Cohorted:

@@ -4,6 +4,7 @@ Two frames meet here. `voxel` is the array index (i, j, k); `mm` is patient spac
 right, y to the front, z to the head. One 4×4 matrix leads from the first to the second, and nothing guesses it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,13 @@ def corners_mm(shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
     """Centres in mm of the eight corner voxels of a grid, shape (8, 3)."""
     ends = [(0, n - 1) for n in shape]
     return apply(affine, np.stack(np.meshgrid(*ends, indexing="ij"), axis=-1).reshape(-1, 3))
+
+
+def planes_mm(shape: tuple[int, int, int], affine: np.ndarray) -> Iterator[np.ndarray]:
+    """Places in mm of a grid's voxels, one plane (j, k, 3) after the other: the whole would take much memory."""
+    index = np.moveaxis(np.indices((1, *shape[1:]))[:, 0], 0, -1)
+    for plane in range(shape[0]):
+        yield apply(affine, index + np.array([plane, 0, 0]))
 
 
 def ras_order(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:

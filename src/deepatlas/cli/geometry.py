@@ -1,0 +1,315 @@
+"""Commands about places: points, boxes, roi, crop, uncrop, coverage, register."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deepatlas.cli.options import (
+    DeviceOption,
+    ExamsOption,
+    ModelFolder,
+    ModelOption,
+    OutOption,
+    OverwriteOption,
+    RefineOption,
+)
+from deepatlas.cli.reading import choice, load, names_in, own, read_json
+from deepatlas.cli.speech import counting, end
+from deepatlas.errors import MarkupError, RegionError
+
+if TYPE_CHECKING:
+    from deepatlas.checkpoint import Model
+    from deepatlas.locate import Embedded
+    from deepatlas.volume import Volume
+
+FromOption = Annotated[Path, typer.Option("-f", "--from", help="The exam they were marked on.")]
+FrameOption = Annotated[str, typer.Option("--frame", help="Of a table that does not say it, and of what is written.")]
+RoiOption = Annotated[str, typer.Option("--roi", help="A region or a structure of the model.")]
+
+
+def points(
+    model: ModelOption,
+    source: FromOption,
+    marked: Annotated[Path, typer.Option("-p", "--points", help="JSON, CSV or Slicer's .mrk.json, in mm.")],
+    target: Annotated[Path, typer.Option("-t", "--to", help="An exam, or a folder of them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A file like the first; a folder for a folder.")],
+    frame: FrameOption = "RAS",
+    refined: RefineOption = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Find points that were marked on one exam in others. A point outside an exam's view is null there."""
+    import numpy as np
+
+    from deepatlas import checkpoint, files, markups, outputs, places
+
+    choice("--frame", frame, markups.FRAMES)
+    wanted = markups.read_points(marked, frame)
+    paths = files.find_exams(target)
+    suffix = "".join(marked.suffixes[-2:]) if marked.name.lower().endswith(".mrk.json") else marked.suffix
+    targets = {path: output / f"{files.exam_name(path)}{suffix}" for path in paths} if target.is_dir() else {}
+    targets = targets or {paths[0]: output}
+    outputs.claim(targets.values(), overwrite)
+    loaded = load(checkpoint.find(model), device)
+    marked_on = _embedded(loaded, files.read_exam(source), refined)
+
+    def work(path: Path) -> None:
+        exam = _embedded(loaded, files.read_exam(path), refined)
+        found = places.carry(marked_on, exam, np.stack(list(wanted.values())))
+        sure = places.confidence(loaded, exam, found.points_mm)
+        placed = {
+            name: mm if valid else None for name, mm, valid in zip(wanted, found.points_mm, found.valid, strict=True)
+        }
+        confidence = {name: float(value) for name, value, ok in zip(wanted, sure, found.valid, strict=True) if ok}
+        checkpoint.write_text(targets[path], markups.points_text(placed, targets[path], confidence, frame))
+        typer.echo(f"{targets[path]}: {int(found.valid.sum())} of {len(wanted)} points lie in {files.exam_name(path)}.")
+
+    _each(paths, work, output if target.is_dir() else None, "Carrying")
+
+
+def boxes(
+    model: ModelOption,
+    inputs: ExamsOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON or Slicer's .mrk.json; a folder for a folder.")],
+    roi: Annotated[str | None, typer.Option("--roi", help="Regions or structures, separated by commas.")] = None,
+    source: Annotated[Path | None, typer.Option("-f", "--from", help="The exam that --box was drawn on.")] = None,
+    drawn: Annotated[
+        Path | None, typer.Option("--box", help="Boxes drawn on --from: JSON or Slicer's .mrk.json.")
+    ] = None,
+    aligned: Annotated[bool, typer.Option("--aligned", help="Along the patient's axes instead of turned.")] = False,
+    frame: FrameOption = "RAS",
+    refined: RefineOption = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Find the boxes around structures, regions, or boxes drawn on another exam. What is not there is null."""
+    from deepatlas import checkpoint, files, markups, outputs, regions
+
+    choice("--frame", frame, markups.FRAMES)
+    if (source is None) != (drawn is None):
+        raise typer.BadParameter("--from and --box belong together.", param_hint="--box")
+    paths = files.find_exams(inputs)
+    targets = {path: output / f"{files.exam_name(path)}.json" for path in paths} if inputs.is_dir() else {}
+    targets = targets or {paths[0]: output}
+    outputs.claim(targets.values(), overwrite)
+    loaded = load(checkpoint.find(model), device)
+    wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
+    if drawn is not None:
+        marked_on = _embedded(loaded, files.read_exam(source), refined)
+        found = markups.read_boxes(drawn, frame)
+        wanted += [regions.from_box(loaded, name, marked_on, box) for name, box in found.items()]
+    if not wanted:
+        wanted = [regions.region_of(loaded, name) for name in [*loaded.regions, *loaded.structures]]
+
+    def work(path: Path) -> None:
+        exam = _embedded(loaded, files.read_exam(path), refined)
+        shown = {region.name: regions.show(region, exam).box for region in wanted}
+        if aligned:
+            shown = {name: box and markups.aligned_box(*box.limits_mm) for name, box in shown.items()}
+        checkpoint.write_text(targets[path], markups.boxes_text(shown, targets[path], frame))
+        there = sum(box is not None for box in shown.values())
+        typer.echo(f"{targets[path]}: {there} of {len(shown)} boxes lie in {files.exam_name(path)}.")
+
+    _each(paths, work, output if inputs.is_dir() else None, "Looking")
+
+
+def roi(
+    model: ModelFolder,
+    name: Annotated[str, typer.Option("--name", help="What the region is to be called.")],
+    structures: Annotated[str | None, typer.Option(help="The box around these, separated by commas.")] = None,
+    margin: Annotated[float, typer.Option(help="Wider by so many mm on every side.", min=0.0)] = 0.0,
+    exam: Annotated[Path | None, typer.Option("-i", "--input", help="The exam that --box was drawn on.")] = None,
+    box: Annotated[Path | None, typer.Option("--box", help="A box drawn on it: JSON or Slicer's .mrk.json.")] = None,
+    refined: RefineOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Define a region of the atlas: around structures, or by a box drawn on an exam. It replaces one of that name."""
+    from deepatlas import checkpoint, files, markups, regions
+
+    if (structures is None) == (box is None) or (box is None) != (exam is None):
+        raise typer.BadParameter("Give either --structures, or -i with --box.", param_hint="--structures")
+    folder = own(checkpoint.find(model))
+    loaded = load(folder, device)
+    if structures is not None:
+        region = regions.from_structures(loaded, name, names_in(structures), margin)
+    else:
+        drawn = markups.read_boxes(box)
+        if len(drawn) > 1:
+            raise MarkupError(f"{box.name}: expected one box, got {len(drawn)}; keep the one that is {name}.")
+        embedded = _embedded(loaded, files.read_exam(exam), refined)
+        region = regions.from_box(loaded, name, embedded, next(iter(drawn.values())).wider(margin))
+    if name in loaded.structures:
+        raise RegionError(f"{name} is a structure of the model, and so a region already; choose another name.")
+    checkpoint.save_structures(loaded.with_regions(region), folder)
+    extent = (region.box_atlas[1] - region.box_atlas[0]).double() * loaded.atlas_to_mm[:3, :3].norm(dim=0)
+    typer.echo(f"{name}: {' × '.join(f'{edge:.0f}' for edge in extent)} mm in the seed exam.")
+
+
+def crop(
+    model: ModelOption,
+    inputs: ExamsOption,
+    roi: RoiOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI file; a folder for a folder.")],
+    spacing: Annotated[float | None, typer.Option(help="mm between voxels of the crop.", min=0.1, max=50)] = None,
+    size: Annotated[int | None, typer.Option(help="Or: voxels along each edge.", min=2, max=512)] = None,
+    labels: Annotated[Path | None, typer.Option("-l", help="Crop this label map instead, drawn on the exam.")] = None,
+    refined: RefineOption = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Cut a region out of an exam, turned upright, on a uniform grid; a JSON beside it says where it came from."""
+    import numpy as np
+
+    from deepatlas import checkpoint, files, outputs, regions
+    from deepatlas.volume import Volume
+
+    if spacing is not None and size is not None:
+        raise typer.BadParameter("Give --spacing or --size, not both.", param_hint="--size")
+    paths = files.find_exams(inputs)
+    if labels is not None and inputs.is_dir():
+        raise typer.BadParameter("A label map goes with a single exam.", param_hint="-l")
+    targets = {path: output / f"{files.exam_name(path)}.nii.gz" for path in paths} if inputs.is_dir() else {}
+    targets = targets or {paths[0]: output}
+    beside = {path: target.with_name(f"{files.exam_name(target)}.json") for path, target in targets.items()}
+    outputs.claim([*targets.values(), *beside.values()], overwrite)
+    loaded = load(checkpoint.find(model), device)
+    region = regions.region_of(loaded, roi)
+
+    def work(path: Path) -> None:
+        exam = files.read_exam(path)
+        shown = regions.show(region, _embedded(loaded, exam, refined))
+        if shown.to_mm is None:
+            raise RegionError(f"{path.name}: {roi} is not in this scan (coverage {shown.coverage:.0%}).")
+        shape, affine = regions.view_grid(shown, spacing or float(np.min(exam.spacing_mm)), size)
+        source = exam if labels is None else files.read_labels(labels, like=exam)
+        part = files.as_exam(Volume(regions.crop(source, shape, affine, labels=labels is not None), affine))
+        (files.write_image if labels is None else files.write_labels)(targets[path], part.array, part)
+        about = regions.crop_record(exam, region, shown, shape, affine)
+        checkpoint.write_text(beside[path], json.dumps(about, indent=1))
+        typer.echo(f"{targets[path]}: {roi}, {shown.status.replace('_', ' ')}, coverage {shown.coverage:.0%}.")
+
+    _each(paths, work, output if inputs.is_dir() else None, "Cropping")
+
+
+def uncrop(
+    inputs: Annotated[Path, typer.Option("-i", "--input", help="A result on the crop's grid.")],
+    record: Annotated[Path, typer.Option("--crop", help="The JSON that was written beside the crop.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI file to write, on the exam's own grid.")],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Paste a result on a crop back on the exam's own grid: whole numbers as labels, others linearly; 0 elsewhere."""
+    from deepatlas import files, outputs, regions
+
+    about = read_json(record, dict)
+    outputs.claim([output], overwrite)
+    like = regions.recorded_exam(about, record.name)
+    result = files.read_values(inputs)
+    full = regions.paste(result, like.shape, like.affine)
+    (files.write_labels if full.dtype.kind in "iu" and full.min() >= 0 else files.write_image)(output, full, like)
+    typer.echo(f"{output}: on the grid of {like.name}.")
+
+
+def coverage(
+    model: ModelOption,
+    inputs: ExamsOption,
+    roi: Annotated[str, typer.Option("--roi", help="Regions or structures, separated by commas.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Table to write, .csv.")],
+    at_least: Annotated[
+        float | None, typer.Option(help="Print the exams that show at least this share of each.", min=0.0, max=1.0)
+    ] = None,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Say how much of a region or a structure each exam shows."""
+    import csv
+    import io
+
+    from deepatlas import checkpoint, files, outputs, regions
+
+    paths = files.find_exams(inputs)
+    outputs.claim([output], overwrite)
+    loaded = load(checkpoint.find(model), device)
+    wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
+    rows: list[tuple[str, str, float, str]] = []
+
+    def work(path: Path) -> None:
+        exam = _embedded(loaded, files.read_exam(path))
+        for region in wanted:
+            share, status = regions.coverage(loaded, region, exam)
+            rows.append((files.exam_name(path), region.name, share, status))
+
+    with counting("Looking") as count:
+        failed = outputs.each(paths, work, count)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerows([("exam", "roi", "coverage", "status"), *((e, r, f"{c:.4f}", s) for e, r, c, s in rows)])
+    checkpoint.write_text(output, table.getvalue().rstrip("\n"))
+    if at_least is not None:
+        lacking = {exam for exam, _, share, _ in rows if share < at_least}
+        for exam in dict.fromkeys(row[0] for row in rows):
+            if exam not in lacking:
+                typer.echo(exam)
+    end(failed)
+
+
+def register(
+    model: ModelOption,
+    fixed: Annotated[Path, typer.Option("-f", "--fixed", help="The exam whose grid is kept.")],
+    moving: Annotated[Path, typer.Option("-v", "--moving", help="The exam that is laid over it.")],
+    output: OutOption,
+    linear: Annotated[bool, typer.Option("--linear", help="Stop at the linear map.")] = False,
+    kind: Annotated[str, typer.Option(help='Of the linear map: "rigid", "similarity" or "affine".')] = "affine",
+    labels: Annotated[Path | None, typer.Option("-l", help="Label map of the moving exam, to be moved too.")] = None,
+    refined: Annotated[bool, typer.Option("--refine", help="Fit maps and deformation to the images.")] = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Register two exams, also of different fields of view. Writes moved.nii.gz, displacement.nii.gz (ITK, LPS),
+    linear.tfm (ITK) and report.json."""
+    from deepatlas import checkpoint, files, outputs
+    from deepatlas import register as registering
+
+    choice("--kind", kind, registering.KINDS)
+    names = ["moved.nii.gz", "linear.tfm", "report.json", *([] if linear else ["displacement.nii.gz"])]
+    outputs.claim([output / name for name in [*names, *(["moved_seg.nii.gz"] if labels else [])]], overwrite)
+    loaded = load(checkpoint.find(model), device)
+    still, laid = files.read_exam(fixed), files.read_exam(moving)
+    drawn = files.read_labels(labels, like=laid) if labels else None
+    maps = [_embedded(loaded, exam, refined) for exam in (still, laid)]
+    there = registering.register(*maps, kind, not linear, refined)
+    files.write_image(output / "moved.nii.gz", registering.moved(there, still, laid), still)
+    if drawn is not None:
+        files.write_labels(output / "moved_seg.nii.gz", registering.moved(there, still, drawn, labels=True), still)
+    if not linear:
+        files.write_vectors(output / "displacement.nii.gz", registering.displacement(there, still), still)
+    checkpoint.write_text(output / "linear.tfm", registering.itk_transform(there.linear))
+    about = registering.describe(there, *maps, still.name, laid.name, kind, refined)
+    checkpoint.write_text(output / "report.json", json.dumps(about, indent=1))
+    typer.echo(
+        f"{output}: {about['overlap']:.0%} of {still.name} has a counterpart in {laid.name}; "
+        f"{about['folded']:.2%} of it folds, there and back differs by {about['inverse_consistency_mm']['median']} mm."
+    )
+
+
+def _embedded(model: "Model", exam: "Volume", refined: bool = False) -> "Embedded":
+    """An exam with its map, fitted to it where that is wanted."""
+    from deepatlas.locate import embed
+    from deepatlas.refine import refine
+
+    embedded = embed(model, exam)
+    return refine(model, exam, embedded) if refined else embedded
+
+
+def _each(paths: list[Path], work, folder: Path | None, title: str) -> None:
+    """Do something with every exam of a folder, or with the only one, which is refused where it fails."""
+    from deepatlas import files, outputs
+
+    if folder is None:
+        work(paths[0])
+        return
+    with counting(title) as count:
+        failed = outputs.each(paths, work, count)
+    outputs.write_failed(folder / "failed.json", failed, [files.exam_name(path) for path in paths])
+    end(failed)

@@ -1,0 +1,162 @@
+"""Commands about models and what they know: define, structures, export, models, info."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deepatlas.cli.options import (
+    ExamsOption,
+    JsonOption,
+    ListOption,
+    ModelFolder,
+    ModelOption,
+    NamesOption,
+    OverwriteOption,
+    RefineOption,
+)
+from deepatlas.cli.reading import own, read_json, table_of_names
+from deepatlas.cli.speech import counting, end
+
+
+def define(
+    model: ModelFolder,
+    inputs: ExamsOption,
+    labels: Annotated[Path, typer.Option("-l", "--labels", help="Label map of the exam, or a folder of them.")],
+    names: NamesOption,
+    structures: ListOption = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the extended model here and leave MODEL as it is.")
+    ] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help='JSON of label faults to leave out: {"larynx": ["pt_206"]}.')
+    ] = None,
+    refined: RefineOption = False,
+) -> None:
+    """Store structures in a model's library, from one labelled exam or from several.
+
+    In folders, the label map of an exam has its name, or its name and `_seg`.
+    """
+    from deepatlas import checkpoint, outputs
+    from deepatlas.library import define_files
+
+    folder = checkpoint.find(model)
+    target = output or own(folder)
+    if output is not None:
+        outputs.claim([output / "model.json"], overwrite=False)
+    table = table_of_names(names, structures)
+    faults = read_json(exclude, dict) if exclude else None
+    base = checkpoint.load(folder)
+    with counting("Reading") as count:
+        made = define_files(
+            base, inputs, labels, table, required=structures is not None, exclude=faults, refined=refined, on_done=count
+        )
+    if output is None:
+        checkpoint.save_structures(made.model, target)
+    else:
+        checkpoint.save(made.model, target)
+    outputs.write_failed(target / "failed.json", made.failed)
+    for name in made.defined:
+        one = made.model.structures[name]
+        typer.echo(f"{name}: number {one.label}, from {one.exams} exam{'s' * (one.exams > 1)}.")
+    if made.undrawn:
+        typer.echo(f"Not drawn in any exam, left out: {', '.join(made.undrawn)}.")
+    end(made.failed)
+
+
+def list_structures(model: ModelOption, as_json: JsonOption = False) -> None:
+    """List the structures of a model."""
+    from deepatlas import checkpoint
+
+    about = checkpoint.describe(checkpoint.find(model))
+    if as_json:
+        typer.echo(json.dumps({one["name"]: one["label"] for one in about["structures"]}))
+        return
+    for one in about["structures"]:
+        typer.echo(f"{one['label']:>5}  {one['name']}  (exams: {one['exams']})")
+
+
+def rename_structure(
+    old: Annotated[str, typer.Argument(help="Its name now.")],
+    new: Annotated[str, typer.Argument(help="Its new name.")],
+    model: ModelFolder,
+) -> None:
+    """Rename a structure; its place in the library and its number stay."""
+    from deepatlas import checkpoint
+    from deepatlas.library import renamed
+
+    folder = own(checkpoint.find(model))
+    checkpoint.save_structures(renamed(checkpoint.load(folder), old, new), folder)
+    typer.echo(f"{old} is {new} now.")
+
+
+def remove_structures(
+    names: Annotated[list[str], typer.Argument(help="Structures to remove.")], model: ModelFolder
+) -> None:
+    """Remove structures from a model."""
+    from deepatlas import checkpoint
+
+    folder = own(checkpoint.find(model))
+    kept = checkpoint.load(folder)
+    for name in dict.fromkeys(names):
+        kept = kept.without(name)
+    checkpoint.save_structures(kept, folder)
+    typer.echo(f"Removed {', '.join(names)}.")
+
+
+def export(
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Copy a model for shipping: weights in half precision, the library, no state of the training."""
+    from deepatlas import checkpoint, outputs
+
+    loaded = checkpoint.load(checkpoint.find(model))
+    outputs.claim([output / "model.json"], overwrite)
+    checkpoint.save(loaded, output, half=True)
+    size = sum(path.stat().st_size for path in output.glob("*") if path.is_file())
+    typer.echo(f"{output}: {size / 1e6:.1f} MB.")
+
+
+def models(as_json: JsonOption = False) -> None:
+    """List the models that came with the program."""
+    from deepatlas import checkpoint
+
+    rows = []
+    for folder in checkpoint.shipped():
+        about = checkpoint.describe(folder)
+        structures = [one["name"] for one in about["structures"]]
+        rows.append({"name": folder.name, "version": about["version"], "structures": structures})
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        typer.echo(f"{row['name']} (version {row['version']}): {', '.join(row['structures']) or 'no structures'}")
+    if not rows:
+        typer.echo("No model came with the program; train one with `deepatlas pretrain`.")
+
+
+def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], as_json: JsonOption = False) -> None:
+    """Describe a model: its sizes, its seed exam, its structures."""
+    from deepatlas import checkpoint
+
+    loaded = checkpoint.load(checkpoint.find(model))
+    about: dict[str, Any] = {
+        "name": loaded.name,
+        "version": checkpoint.VERSION,
+        "parameters": sum(p.numel() for p in loaded.network.parameters()),
+        "size": loaded.size,
+        "region": loaded.region,
+        "level": loaded.level,
+        "seed_exam": loaded.seed_exam,
+        "structures": [{"name": s.name, "label": s.label, "exams": s.exams} for s in loaded.structures.values()],
+    }
+    if as_json:
+        typer.echo(json.dumps(about))
+        return
+    names = [f"{one['name']} ({one['label']})" for one in about.pop("structures")]
+    for key, value in about.items():
+        typer.echo(f"{key:<11} {value}")
+    typer.echo(f"structures  {', '.join(names) or 'none'}")

@@ -1,0 +1,76 @@
+"""How commands read what they are given, and refuse it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from deepatlas.errors import LabelError, ModelError, StructureError
+
+if TYPE_CHECKING:
+    from deepatlas.checkpoint import Model
+
+
+def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.", param_hint=option)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ModelError(f"Expected a device of this machine, got {device!r}; take --device cpu.") from None
+
+
+def load(folder: Path, device: str) -> "Model":
+    """A model with its network on a device."""
+    from deepatlas import checkpoint
+
+    check_device(device)
+    model = checkpoint.load(folder)
+    model.network.to(device)
+    return model
+
+
+def own(folder: Path) -> Path:
+    """A model folder that may be changed: not one that came with the program."""
+    from deepatlas import checkpoint
+
+    if folder.resolve() in [path.resolve() for path in checkpoint.shipped()]:
+        raise ModelError(
+            f"{folder.name} came with the program and is not changed; copy {folder} and give the copy, "
+            "or define with -o NEW_FOLDER."
+        )
+    return folder
+
+
+def names_in(structures: str | None) -> list[str]:
+    """Names from a list with commas, each once."""
+    return list(dict.fromkeys(filter(None, (name.strip() for name in (structures or "").split(",")))))
+
+
+def table_of_names(path: Path, structures: str | None) -> dict[str, int]:
+    """The table of label names, or the part of it that was asked for."""
+    from deepatlas import files
+
+    table = files.read_names(path)
+    wanted = names_in(structures) or list(table)
+    unknown = [name for name in wanted if name not in table]
+    if unknown:
+        raise StructureError(f"{path.name} has no structure {unknown[0]!r}; it has: {', '.join(table)}.")
+    return {name: table[name] for name in wanted}
+
+
+def read_json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LabelError(f"Expected JSON in {path}, but it cannot be read ({error}); mend the file.") from None
+    if not isinstance(value, kind):
+        raise LabelError(f"Expected a JSON {kind.__name__} in {path.name}, got {type(value).__name__}; mend the file.")
+    return value

@@ -1,0 +1,62 @@
+"""Commands that learn: prepare, pretrain."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepatlas.cli.options import DeviceOption, ExamsOption
+from deepatlas.cli.reading import check_device, choice
+from deepatlas.cli.speech import counting, end, training
+from deepatlas.errors import DeepAtlasError
+
+
+def prepare(
+    inputs: ExamsOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The cohort to make or to extend, .h5.")],
+    size: Annotated[int, typer.Option(help="Voxels along each axis of a prepared exam.", min=8, max=512)] = 128,
+    region: Annotated[
+        str, typer.Option(help='"body" cuts to the patient, "exam" takes all, "340mm" a fixed cube.')
+    ] = "body",
+    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.", min=0)] = None,
+) -> None:
+    """Prepare a folder of unlabeled CT exams for training. An interrupted build goes on where it stopped."""
+    from deepatlas import outputs, store
+    from deepatlas.prepare import fixed_extent_mm
+
+    try:
+        fixed_extent_mm(region)
+    except DeepAtlasError as error:
+        raise typer.BadParameter(str(error), param_hint="--region") from None
+    with counting("Preparing") as count:
+        report = store.build(inputs, output, size, region, workers, on_progress=count)
+    outputs.write_failed(output.with_name(f"{output.name}.failed.json"), report.failed)
+    typer.echo(f"{output}: {report.added} exams added, {report.kept} kept, {len(report.failed)} failed.")
+    for name, reason in report.repaired.items():
+        typer.echo(f"{name}: mended: {reason}.")
+    end(report.failed)
+
+
+def pretrain(
+    cohort: Annotated[Path, typer.Option("-c", "--cohort", help="A cohort made by `deepatlas prepare`.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
+    preset: Annotated[
+        str | None, typer.Option(help='"cpu", "paper" or "demo"; by default cpu, on a GPU paper.')
+    ] = None,
+    seed_exam: Annotated[str | None, typer.Option(help="Exam that seeds the atlas; by default the widest.")] = None,
+    start_from: Annotated[str | None, typer.Option("--from", help="Go on from this trained model.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a training that was stopped.")] = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Learn the map from a cohort, without any label."""
+    from deepatlas import checkpoint
+    from deepatlas.config import PRESETS
+    from deepatlas.pretrain import pretrain as train
+
+    preset = preset or ("cpu" if device == "cpu" else "paper")
+    choice("--preset", preset, tuple(PRESETS))
+    check_device(device)
+    base = checkpoint.find(start_from) if start_from else None
+    with training() as report:
+        model = train(cohort, output, PRESETS[preset], seed_exam, base, resume, device, report)
+    typer.echo(f"{output}: trained with preset {preset} on seed exam {model.seed_exam}.")

@@ -1,0 +1,265 @@
+"""Regions: cubes of the atlas, found in any exam, cut out to a standard view, and pasted back.
+
+A region is defined once, from structures or from a box drawn on one exam. In another exam its nodes are found one by
+one, and the affine map that fits them best says where the whole cube lies: turned with the patient, and placed also
+where a part of it is beyond the scan. Every structure of the library is a region too.
+
+Source: §5.2.4, figure 8.
+"""
+
+import base64
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy import ndimage
+
+from deepatlas import files, grid
+from deepatlas.atlas import REGION_NODES, Region
+from deepatlas.checkpoint import Model
+from deepatlas.errors import ExamError, RegionError
+from deepatlas.files import Exam
+from deepatlas.locate import ABSENT, PRESENT, Embedded, likeness_of
+from deepatlas.markups import Box
+from deepatlas.places import from_atlas, in_patient, nearest_rotation, robust_affine, to_atlas
+from deepatlas.prepare import AIR_HU, sample_mm
+from deepatlas.volume import Volume, apply, planes_mm
+
+LARGEST_CROP = 2**28
+"""Voxels."""
+
+
+class Shown(NamedTuple):
+    """A region in an exam."""
+
+    coverage: float
+    """Share of its nodes whose place lies in the scan."""
+    status: str
+    """"present", "cut_off" or "absent"."""
+    to_mm: np.ndarray | None
+    """−1 … +1 along the cube's edges → mm (RAS) of the exam, (4, 4), affine; None where absent."""
+
+    @property
+    def box(self) -> Box | None:
+        """The turned box nearest to the cube's image."""
+        if self.to_mm is None:
+            return None
+        linear = self.to_mm[:3, :3]
+        axes = nearest_rotation(linear / np.linalg.norm(linear, axis=0))
+        return Box(self.to_mm[:3, 3].copy(), axes, 2 * np.abs((axes * linear).sum(axis=0)))
+
+
+def region_of(model: Model, name: str) -> Region:
+    """A region of the model, or the box around a structure of that name.
+
+    Raises:
+        RegionError: neither is known.
+    """
+    if name in model.regions:
+        return model.regions[name]
+    if name in model.structures:
+        return from_structures(model, name, [name])
+    known = ", ".join([*model.regions, *model.structures]) or "none"
+    raise RegionError(f"The model knows no region or structure {name!r}; it knows: {known}.")
+
+
+def from_structures(model: Model, name: str, structures: Iterable[str], margin_mm: float = 0.0) -> Region:
+    """The box of the atlas around structures, wider by a margin on every side (mm of the seed exam).
+
+    The structures themselves are what an exam has to show to cover it.
+
+    Raises:
+        StructureError: an unknown structure. RegionError: they have no voxel in the atlas.
+    """
+    chosen = [model.structure(one) for one in structures]
+    low, high = np.full(3, np.inf), np.full(3, -np.inf)
+    for one in chosen:
+        nodes = one.nodes_atlas()[0][:, one.mask > one.level].numpy()
+        if nodes.size:
+            low, high = np.minimum(low, nodes.min(axis=1)), np.maximum(high, nodes.max(axis=1))
+    if not np.isfinite(low).all():
+        raise RegionError(f"The structures of {name} have no voxel in the atlas; define them again.")
+    margin = margin_mm / np.linalg.norm(model.atlas_to_mm.numpy()[:3, :3], axis=0)
+    region = _region(name, low - margin, high + margin)
+    within = [one.membership(region.nodes_atlas())[0, 0] > one.level for one in chosen]
+    return replace(region, counted=torch.stack(within).any(dim=0))
+
+
+def from_box(model: Model, name: str, embedded: Embedded, box: Box) -> Region:
+    """The box of the atlas around a box drawn on an exam.
+
+    What the exam shows of the patient there is what another exam has to show to cover it.
+
+    Raises:
+        RegionError: hardly any of the box lies in the patient.
+    """
+    cube = _cube_nodes()
+    c, _ = to_atlas(embedded, apply(box.to_mm, cube))
+    shown = in_patient(embedded, apply(box.to_mm, cube))
+    if shown.sum() < LEAST_NODES:
+        raise RegionError(f"The box of {name} lies outside the patient; its numbers are mm, RAS unless said otherwise.")
+    to_atlas_box = robust_affine(cube[shown], c[0].T.double().numpy()[shown], least=0.0)
+    corners = apply(to_atlas_box, np.stack(np.meshgrid(*[(-1, 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3))
+    region = _region(name, corners.min(axis=0), corners.max(axis=0))
+    return replace(
+        region,
+        counted=torch.from_numpy(from_atlas(embedded, region.nodes_atlas().flatten(2)).valid).view(
+            region.counted.shape
+        ),
+    )
+
+
+LEAST_NODES = 8
+"""So many nodes must be found before an affine map is fitted to them."""
+
+
+def _region(name: str, low: np.ndarray, high: np.ndarray) -> Region:
+    return Region(name, torch.from_numpy(np.stack([low, high])).float(), torch.ones(*(REGION_NODES,) * 3).bool())
+
+
+def show(region: Region, embedded: Embedded) -> Shown:
+    """Where a region lies in an exam.
+
+    Source: §5.2.4, least squares over all nodes of the cube; robust, because single nodes can be wrong.
+    """
+    places = from_atlas(embedded, region.nodes_atlas().flatten(2))
+    counted = region.counted.flatten().numpy()
+    coverage = float(places.valid[counted].mean()) if counted.any() else float(places.valid.mean())
+    if coverage < ABSENT or places.valid.sum() < LEAST_NODES:
+        return Shown(coverage, "absent", None)
+    to_mm = robust_affine(_cube_nodes()[places.valid], places.points_mm[places.valid])
+    return Shown(coverage, "present" if coverage >= PRESENT else "cut_off", to_mm)
+
+
+def _cube_nodes() -> np.ndarray:
+    """Nodes of the cube −1 … +1, (node, 3)."""
+    return grid.identity((REGION_NODES,) * 3, torch.float64).flatten(2)[0].T.numpy()
+
+
+def coverage(model: Model, region: Region, embedded: Embedded) -> tuple[float, str]:
+    """How much of a region an exam shows, and its status. An exam of another kind than was learned shows none."""
+    if likeness_of(model, embedded).of_exam() < model.familiar:
+        return 0.0, "absent"
+    shown = show(region, embedded)
+    return shown.coverage, shown.status
+
+
+def view_grid(shown: Shown, spacing_mm: np.ndarray | float, size: int | None = None) -> tuple[tuple, np.ndarray]:
+    """The grid of the standard view of a region: its shape, and voxel → mm of the exam.
+
+    Its axes are the region's, at right angles; the shape follows from the spacing, or the spacing from the shape.
+
+    Raises:
+        RegionError: too many voxels.
+    """
+    box = shown.box
+    spacing = np.broadcast_to(np.asarray(spacing_mm, dtype=np.float64), (3,))
+    if size is not None:
+        shape, spacing = (size,) * 3, box.size_mm / size
+    else:
+        shape = tuple(int(n) for n in np.maximum(2, np.ceil(box.size_mm / spacing - 1e-6)))
+    if np.prod(shape, dtype=np.float64) > LARGEST_CROP:
+        raise RegionError(f"Expected a crop of at most {LARGEST_CROP} voxels, got {shape}; choose a larger spacing.")
+    affine = np.eye(4)
+    affine[:3, :3] = box.axes * spacing
+    affine[:3, 3] = box.centre_mm - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return shape, affine
+
+
+def crop(exam: Volume, shape: tuple, affine: np.ndarray, labels: bool = False) -> np.ndarray:
+    """An exam on another grid: linear, after a blur where the grid is coarser; labels by the nearest voxel.
+
+    Outside the exam there is air, or 0 in labels.
+    """
+    source = exam
+    if not labels:
+        coarser = np.linalg.norm(np.linalg.inv(exam.affine)[:3, :3] @ affine[:3, :3], axis=1)
+        sigma = 0.4 * np.sqrt(np.maximum(coarser**2 - 1, 0))
+        source = _part(exam, shape, affine, 3 * sigma + 2)
+        if sigma.max() > 0.3:
+            blurred = ndimage.gaussian_filter(source.array.astype(np.float32), sigma, mode="nearest")
+            source = Volume(blurred, source.affine)
+    result = np.empty(shape, dtype=exam.array.dtype if labels else np.float32)
+    how = {"order": "nearest", "outside": 0} if labels else {"outside": AIR_HU}
+    for plane, points in enumerate(planes_mm(shape, affine)):
+        result[plane] = sample_mm(source, points, **how)
+    return result
+
+
+def _part(exam: Volume, shape: tuple, affine: np.ndarray, margin: np.ndarray) -> Volume:
+    """The block of an exam that another grid lies in, with a margin in voxels; a view."""
+    corners = apply(exam.inverse @ affine, np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1))
+    low, high = corners.min(axis=(0, 1, 2)) - margin, corners.max(axis=(0, 1, 2)) + margin
+    last = np.array(exam.shape) - 1
+    first = np.clip(np.floor(low), 0, last).astype(int)
+    end = np.clip(np.ceil(high), first, last).astype(int) + 1
+    shift = np.eye(4)
+    shift[:3, 3] = first
+    return Volume(exam.array[tuple(map(slice, first, end))], exam.affine @ shift)
+
+
+CROP_FORMAT, CROP_VERSION = "deepatlas-crop", 1
+
+
+def crop_record(exam: Exam, region: Region, shown: Shown, shape: tuple, affine: np.ndarray) -> dict[str, Any]:
+    """What `uncrop` needs to know of a crop, and where it lies, in types that JSON knows."""
+    return {
+        "format": CROP_FORMAT,
+        "version": CROP_VERSION,
+        "exam": exam.name,
+        "roi": region.name,
+        "status": shown.status,
+        "coverage": round(shown.coverage, 4),
+        "frame": "RAS",
+        "unit": "mm",
+        "crop": {"shape": [int(n) for n in shape], "affine": affine.tolist()},
+        "original": {
+            "shape": list(exam.shape),
+            "affine": exam.affine.tolist(),
+            "header": base64.b64encode(bytes(files.without_text(exam.header).binaryblock)).decode(),
+        },
+    }
+
+
+def recorded_exam(about: dict[str, Any], name: str) -> Exam:
+    """The grid of the exam that a crop was cut from; its array is empty memory.
+
+    Raises:
+        RegionError: not the JSON of a crop.
+    """
+    try:
+        if about["format"] != CROP_FORMAT or about["version"] != CROP_VERSION:
+            raise ValueError(f"format {about['format']} {about['version']}")
+        original = about["original"]
+        block = base64.b64decode(original["header"], validate=True)
+        kind = nib.Nifti2Header if len(block) == nib.Nifti2Header.sizeof_hdr else nib.Nifti1Header
+        shape = tuple(int(n) for n in original["shape"])
+        if len(shape) != 3 or not 0 < np.prod(shape, dtype=float) <= files.MAX_VOXELS:
+            raise ValueError(f"shape {shape}")
+        array = np.broadcast_to(np.uint8(0), shape)
+        return Exam(array, np.array(original["affine"], dtype=np.float64), kind(block), str(about["exam"]))
+    except (KeyError, TypeError, ValueError, ExamError, nib.spatialimages.HeaderDataError) as error:
+        raise RegionError(
+            f"{name} is not what `deepatlas crop` wrote ({error}); give the JSON beside the crop."
+        ) from None
+
+
+def paste(result: Volume, shape: tuple, affine: np.ndarray, outside: float = 0.0) -> np.ndarray:
+    """A result on a crop's grid, brought back to the exam's own: labels by the nearest voxel, values linearly.
+
+    Only the part of the exam that the crop covers is visited; elsewhere there is `outside`.
+    """
+    labels = result.array.dtype.kind in "iub"
+    full = np.full(shape, outside, dtype=result.array.dtype if labels else np.float32)
+    ends = [(-0.5, n - 0.5) for n in result.shape]
+    corners = apply(np.linalg.inv(affine) @ result.affine, np.stack(np.meshgrid(*ends, indexing="ij"), -1))
+    low = np.clip(np.floor(corners.min(axis=(0, 1, 2))), 0, np.array(shape)).astype(int)
+    high = np.clip(np.ceil(corners.max(axis=(0, 1, 2))) + 1, low, np.array(shape)).astype(int)
+    part, shift = full[tuple(map(slice, low, high))], np.eye(4)
+    shift[:3, 3] = low
+    for plane, points in enumerate(planes_mm(part.shape, affine @ shift)):
+        part[plane] = sample_mm(result, points, order="nearest" if labels else "linear", outside=outside)
+    return full

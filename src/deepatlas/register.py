@@ -1,0 +1,213 @@
+"""Coregistration of two exams through their coordinates: linear and deformable, also where fields of view differ.
+
+Both lead from the fixed exam to the moving one, mm → mm: the moved image at x is the moving image at Φ(x). Files follow
+ITK: transforms in LPS that map points of the fixed image to the moving one, displacement fields as vectors in LPS mm.
+
+Source: §4 (coregistration without optimisation), §5.1.1 (Φ = c_m⁻¹ ∘ c_f).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from deepatlas import grid, warp
+from deepatlas.autoencoder import Intensities
+from deepatlas.config import Fitting, Weights
+from deepatlas.errors import ExamError
+from deepatlas.fitting import fit
+from deepatlas.locate import Embedded
+from deepatlas.machine import denormals_are_zero
+from deepatlas.objective import Atlas, Exams
+from deepatlas.places import nearest_rotation, robust_affine
+from deepatlas.prepare import AIR_HU, grid_to_box, sample_mm
+from deepatlas.volume import Volume, apply, planes_mm
+
+KINDS = ("rigid", "similarity", "affine")
+LEAST_MATCHES = 200
+"""Voxels of the fixed exam that must have a counterpart."""
+
+BLEND_MM = 30.0
+"""Beyond the common anatomy the displacement fades into the linear map over about this distance."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Φ from the fixed exam to the moving one, mm → mm (RAS)."""
+
+    linear: np.ndarray
+    """(4, 4): the linear map that fits all matches best."""
+    shift_mm: np.ndarray
+    """(3, n, n, n): Φ(x) − linear(x) at the nodes of the prepared fixed exam; 0 for a linear registration."""
+    to_mm: np.ndarray
+    """Index of those nodes → mm of the fixed exam, (4, 4)."""
+    overlap: float
+    """Share of the fixed patient that has a counterpart in the moving exam."""
+    folded: float
+    """Share of the overlap where Φ folds."""
+    residual_mm: float
+    """Median distance between Φ and the linear map over the overlap."""
+
+    def points(self, points_mm: np.ndarray) -> np.ndarray:
+        """Φ of points (..., 3) mm of the fixed exam; beyond its prepared part the shift of the nearest node."""
+        index = np.moveaxis(apply(np.linalg.inv(self.to_mm), points_mm), -1, 0)
+        shift = [ndimage.map_coordinates(part, index, order=1, mode="nearest") for part in self.shift_mm]
+        return apply(self.linear, points_mm) + np.stack(shift, axis=-1)
+
+
+def register(
+    fixed: Embedded, moving: Embedded, kind: str = "affine", deformable: bool = True, refined: bool = False
+) -> Registration:
+    """Register two exams by their maps.
+
+    Args:
+        kind: of the linear map: "rigid", "similarity" or "affine".
+        deformable: False stops at the linear map.
+        refined: fit the deformation to the two images as well, see `deepatlas.fitting`.
+
+    Raises:
+        ExamError: the two exams have next to no anatomy in common.
+    """
+    if kind not in KINDS:
+        raise ExamError(f"Expected one of {', '.join(KINDS)}, got {kind!r}; choose one.")
+    phi_box, valid = matches(fixed, moving)
+    if valid.sum() < LEAST_MATCHES:
+        raise ExamError(
+            f"The two exams have next to no anatomy in common: {int(valid.sum())} of "
+            f"{int(fixed.foreground.sum())} voxels have a counterpart; choose exams whose fields of view meet."
+        )
+    if refined and deformable:
+        phi_box = _refined(fixed, moving, phi_box)
+    to_mm = fixed.prepared.box_to_mm @ grid_to_box(fixed.prepared.size)
+    here = apply(to_mm, np.moveaxis(np.indices(valid.shape), 0, -1))
+    there = apply(moving.prepared.box_to_mm, np.moveaxis(phi_box[0].double().numpy(), 0, -1))
+    linear = _linear(here[valid], there[valid], kind)
+    apart = there - apply(linear, here)
+    shift = _spread(apart, valid, np.linalg.norm(to_mm[:3, :3], axis=0)) if deformable else 0 * apart
+    jacobian = linear[:3, :3] + _gradient(shift) @ np.linalg.inv(to_mm[:3, :3])
+    return Registration(
+        linear=linear,
+        shift_mm=np.ascontiguousarray(np.moveaxis(shift, -1, 0)).astype(np.float32),
+        to_mm=to_mm,
+        overlap=float(valid.sum() / fixed.foreground.sum()),
+        folded=float((np.linalg.det(jacobian)[valid] <= 0).mean()),
+        residual_mm=float(np.median(np.linalg.norm(apart[valid], axis=-1))),
+    )
+
+
+def matches(fixed: Embedded, moving: Embedded) -> tuple[torch.Tensor, np.ndarray]:
+    """Φ_box = c_m⁻¹ ∘ c_f at the nodes of the fixed exam, (1, 3, n, n, n), and where it was found, (n, n, n)."""
+    found = warp.implicit(moving.c_atlas, fixed.c_atlas, moving.foreground, fixed.foreground)
+    return found.phi_box, found.valid[0, 0].numpy()
+
+
+def moved(registration: Registration, fixed: Volume, moving: Volume, labels: bool = False) -> np.ndarray:
+    """The moving image (or label map) on the fixed exam's grid: ``moving ∘ Φ``; air (or 0) where there is none."""
+    result = np.empty(fixed.shape, dtype=moving.array.dtype if labels else np.float32)
+    how = {"order": "nearest", "outside": 0} if labels else {"outside": AIR_HU}
+    for plane, points in enumerate(planes_mm(fixed.shape, fixed.affine)):
+        result[plane] = sample_mm(moving, registration.points(points), **how)
+    return result
+
+
+def displacement(registration: Registration, fixed: Volume) -> np.ndarray:
+    """Φ(x) − x in mm at every voxel of the fixed exam, as ITK stores it: (i, j, k, 1, 3), LPS, float32."""
+    result = np.empty((*fixed.shape, 1, 3), dtype=np.float32)
+    for plane, points in enumerate(planes_mm(fixed.shape, fixed.affine)):
+        result[plane, :, :, 0] = (registration.points(points) - points) * [-1, -1, 1]
+    return result
+
+
+def itk_transform(linear: np.ndarray) -> str:
+    """A linear map mm → mm (RAS) as an ITK transform file, LPS, fixed points → moving points."""
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    matrix = flip @ linear @ flip
+    numbers = [*matrix[:3, :3].ravel(), *matrix[:3, 3]]
+    return "\n".join(
+        [
+            "#Insight Transform File V1.0",
+            "#Transform 0",
+            "Transform: AffineTransform_double_3_3",
+            f"Parameters: {' '.join(f'{number:.12g}' for number in numbers)}",
+            "FixedParameters: 0 0 0",
+        ]
+    )
+
+
+def inverse_consistency_mm(forward: Registration, backward: Registration, points_mm: np.ndarray) -> np.ndarray:
+    """How far points of the fixed exam are from themselves after Φ there and back, (point,) mm."""
+    return np.linalg.norm(backward.points(forward.points(points_mm)) - points_mm, axis=-1)
+
+
+def overlap_points(fixed: Embedded, moving: Embedded) -> np.ndarray:
+    """Voxels of the fixed exam that have a counterpart, (point, 3) mm."""
+    _, valid = matches(fixed, moving)
+    return apply(fixed.prepared.box_to_mm @ grid_to_box(fixed.prepared.size), np.argwhere(valid))
+
+
+def describe(
+    there: Registration, fixed: Embedded, moving: Embedded, fixed_name: str, moving_name: str, kind: str, refined: bool
+) -> dict[str, Any]:
+    """The report of a registration, in types that JSON knows. The way back is computed for it."""
+    back = register(moving, fixed, kind, bool(there.shift_mm.any()), refined)
+    apart = inverse_consistency_mm(there, back, overlap_points(fixed, moving))
+    return {
+        "fixed": fixed_name,
+        "moving": moving_name,
+        "linear": kind,
+        "deformable": bool(there.shift_mm.any()),
+        "refined": refined,
+        "matrix_ras_mm": np.round(there.linear, 6).tolist(),
+        "overlap": round(there.overlap, 4),
+        "folded": round(there.folded, 6),
+        "residual_mm": round(there.residual_mm, 3),
+        "inverse_consistency_mm": {
+            "median": round(float(np.median(apart)), 3),
+            "p95": round(float(np.percentile(apart, 95)), 3),
+        },
+    }
+
+
+def _linear(source: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
+    """The robust affine map, or the rotation (and scale) nearest to it about the middle of the matches."""
+    matrix = robust_affine(source, target)
+    if kind == "affine":
+        return matrix
+    middle = source.mean(axis=0)
+    result = np.eye(4)
+    result[:3, :3] = nearest_rotation(matrix[:3, :3], scaled=kind == "similarity")
+    result[:3, 3] = apply(matrix, middle) - result[:3, :3] @ middle
+    return result
+
+
+def _spread(shift: np.ndarray, valid: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """A displacement known in some voxels, continued into the others: it fades to 0 with the distance from them."""
+    distance, nearest = ndimage.distance_transform_edt(~valid, sampling=spacing_mm, return_indices=True)
+    filled = shift[tuple(nearest)] * np.exp(-((distance / BLEND_MM) ** 2))[..., None]
+    soft = np.stack([ndimage.gaussian_filter(filled[..., axis], 1.0, mode="nearest") for axis in range(3)], axis=-1)
+    return np.where(valid[..., None], filled, soft)
+
+
+def _gradient(shift: np.ndarray) -> np.ndarray:
+    """Derivative of a field (i, j, k, 3) along the index axes, (i, j, k, 3, 3)."""
+    return np.stack(np.gradient(shift, axis=(0, 1, 2)), axis=-1)
+
+
+def _refined(fixed: Embedded, moving: Embedded, phi_box: torch.Tensor) -> torch.Tensor:
+    """Φ with a smooth residual that brings the moving image closer to the fixed one. The moving exam stands where the
+    atlas stands in training."""
+
+    def image(embedded: Embedded) -> torch.Tensor:
+        return torch.from_numpy(embedded.prepared.image)[None, None]
+
+    def linear(embedded: Embedded) -> torch.Tensor:
+        return torch.from_numpy(embedded.prepared.box_to_mm[None, :3, :3]).float()
+
+    _, valid = matches(fixed, moving)
+    views = Exams(image(fixed), torch.from_numpy(valid)[None, None], linear(fixed))
+    how = Fitting(learned=False)
+    with denormals_are_zero():
+        found = fit(phi_box, views, Atlas(image(moving), linear(moving)), Intensities(), Weights(), how)
+    return phi_box + grid.resize(found.residual, tuple(phi_box.shape[2:]))
