@@ -169,6 +169,9 @@ def test_the_noise_is_as_strong_as_said():
     assert abs(float(noisy.std()) - 0.05) < 0.002
 
 
+WHOLE = torch.tensor([[0.0, 1.0]])
+
+
 def lent_below(height: float) -> torch.Tensor:
     """What an exam shows that ends at a height of the atlas."""
     return (grid.identity((16,) * 3)[:, 2:] < height).float()
@@ -177,7 +180,7 @@ def lent_below(height: float) -> torch.Tensor:
 def test_a_borrowed_view_is_what_both_exams_show():
     where = grid.identity((20,) * 3)
     own = where.norm(dim=1, keepdim=True) < 0.8
-    borrowed = augment.borrow_view(own, where, lent_below(0.0), torch.ones(1))
+    borrowed = augment.borrow_view(own, where, lent_below(0.0), torch.ones(1), WHOLE)
     assert torch.equal(borrowed.seen > 0, own & (where[:, 2:] < 0))
     assert torch.allclose(borrowed.centre, torch.tensor([[0.0, 0.0, -0.4]]), atol=0.06)
 
@@ -186,6 +189,25 @@ def test_a_borrowed_view_is_what_both_exams_show():
 def test_a_view_that_is_not_wanted_or_leaves_too_little_is_not_borrowed(height, taken):
     where = grid.identity((20,) * 3)
     own = where.norm(dim=1, keepdim=True) < 0.8
-    borrowed = augment.borrow_view(own, where, lent_below(height), torch.full((1,), taken))
+    borrowed = augment.borrow_view(own, where, lent_below(height), torch.full((1,), taken), WHOLE)
     assert borrowed.seen.all()
     assert not borrowed.centre.any()
+
+
+def test_a_part_of_the_length_is_kept_and_seen_from_its_middle():
+    where = grid.identity((21,) * 3)
+    own = where.abs().amax(dim=1, keepdim=True) < 0.85
+    kept = augment.borrow_view(own, where, lent_below(2.0), torch.zeros(1), torch.tensor([[0.5, 1.0]]))
+    height = where[:, 2:]
+    assert (height[kept.seen > 0] > -0.06).all()
+    assert kept.seen[own & (height > 0.06)].all()
+    assert torch.allclose(kept.centre, torch.tensor([[0.0, 0.0, 0.4]]), atol=1e-5)
+
+
+def test_drawn_ends_lie_in_order_and_most_exams_keep_theirs():
+    ends = augment.draw_ends(MANY, chance(), probability=0.4, least=0.35)
+    length = ends[:, 1] - ends[:, 0]
+    assert (ends >= 0).all()
+    assert (ends <= 1).all()
+    assert fills(length[length < 1], 0.35, 1.0)
+    assert abs(float((length < 1).float().mean()) - 0.4) < 0.05

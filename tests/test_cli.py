@@ -3,6 +3,7 @@
 The model is overfitted to one small exam, oblique, left-handed and anisotropic, so that its answers there are known.
 """
 
+import csv
 import gzip
 import json
 import logging
@@ -318,6 +319,63 @@ def test_structures_are_listed_renamed_and_removed(call, taught, work):
     refused(call("structures", "remove", "organ", "-m", work / "model"), "organ")
     assert call("structures", "remove", "liver", "-m", work / "model")[0] == 0
     assert list(checkpoint.load(work / "model").structures) == ["gland"]
+
+
+def test_proposals_come_with_a_list_that_begins_with_the_least_sure(call, taught, work):
+    shutil.copy(work / "images" / "one.nii.gz", work / "images" / "two.nii.gz")
+    (work / "images" / "broken.nii.gz").write_bytes(b"no exam")
+    code, _, _ = call("propose", "-m", taught, "-i", work / "images", "-o", work / "out")
+    assert code == 3
+    rows = list(csv.DictReader((work / "out" / "review.csv").read_text().splitlines()))
+    assert sorted((row["exam"], row["structure"]) for row in rows) == [
+        (exam, name) for exam in ("one", "two") for name in ("gland", "organ")
+    ]
+    sure = [float(row["confidence"]) for row in rows]
+    assert sure == sorted(sure)
+    assert all((work / "out" / row["mask"]).exists() for row in rows)
+    assert list(json.loads((work / "out" / "failed.json").read_text())) == ["broken"]
+
+
+def test_proposals_go_back_through_define(call, taught, trained, work):
+    assert call("propose", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
+    code, said, _ = call(
+        *("define", "-m", trained, "-i", work / "images", "-l", work / "out", "--names", work / "labels.json"),
+        *("-o", work / "again"),
+    )
+    assert code == 0
+    assert "organ: number 7, from 1 exam" in said
+
+
+def test_an_exam_that_votes_about_itself_is_found_as_drawn(call, taught, work):
+    common = ("-e", work / "images", "-l", work / "labels", "--names", work / "labels.json")
+    assert call("vote", "-m", taught, "-i", work / "images", *common, "-o", work / "out")[0] == 0
+    found = np.asarray(nib.load(work / "out" / "one_seg.nii.gz").dataobj)
+    truth = anatomy()[1]
+    for number in NAMES.values():
+        assert (
+            2 * ((found == number) & (truth == number)).sum() / ((found == number).sum() + (truth == number).sum())
+            > 0.8
+        )
+    about = json.loads((work / "out" / "one.json").read_text())["structures"]["organ"]
+    assert about["status"] == "present"
+    places = apply(AFFINE, np.argwhere(found == 7))
+    np.testing.assert_allclose(about["centroid"], places.mean(axis=0), atol=0.01)
+
+
+def test_a_vote_about_a_structure_the_library_does_not_know_is_refused(call, trained, work):
+    common = ("-e", work / "images", "-l", work / "labels", "--names", work / "labels.json")
+    code, _, err = call("vote", "-m", trained, "-i", work / "images", *common, "-o", work / "out")
+    assert code == 1
+    assert "organ" in err
+
+
+def test_copies_and_orientation_leave_a_good_exam_where_it_is(call, taught, work):
+    assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "plain")[0] == 0
+    how = ("--copies", 2, "--orient")
+    assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "careful", *how)[0] == 0
+    plain, careful = (json.loads((work / part / "one.json").read_text()) for part in ("plain", "careful"))
+    assert "repairs" not in careful
+    assert plain["structures"]["organ"]["status"] == careful["structures"]["organ"]["status"] == "present"
 
 
 def test_embed_in_mm_names_the_place_of_every_voxel(call, taught, work):

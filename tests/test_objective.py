@@ -234,8 +234,14 @@ def test_only_voxels_at_a_cut_count_as_cut_off():
     below = where[:, 2:] < 0.2
     lost = cut_off(where, body & below, body.float())
     step = 2 / 23
-    assert lost[body & below & (where[:, 2:] > 0.2 - step)].all()
-    assert not lost[below & (where[:, 2:] < 0.2 - 2 * step)].any()
+    assert lost[body & below & (where[:, 2:] > 0.2 - step) & (where[:, :2].norm(dim=1, keepdim=True) < 0.5)].all()
+    assert not lost[body & below & (where[:, 2:] < 0.2 - 2 * step)].any()
+
+
+def test_a_surface_that_is_not_in_its_place_yet_is_no_cut():
+    where = grid.identity((24,) * 3)
+    small, large = (where.norm(dim=1, keepdim=True) < radius for radius in (0.6, 0.7))
+    assert not cut_off(where, small, large.float()).any()
 
 
 def test_what_is_not_compared_has_no_part_in_the_likeness(autoencoder):

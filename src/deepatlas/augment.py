@@ -110,9 +110,13 @@ class Borrowed(NamedTuple):
 
 
 def borrow_view(
-    own: Mask, c_atlas: Coordinates, lent: Float[Tensor, "batch 1 x y z"], taken: Float[Tensor, "batch"]
+    own: Mask,
+    c_atlas: Coordinates,
+    lent: Float[Tensor, "batch 1 x y z"],
+    taken: Float[Tensor, "batch"],
+    ends: Float[Tensor, "batch 2"],
 ) -> Borrowed:
-    """Cut exams as others are, by the shapes of those in the atlas.
+    """Cut exams as others are, by the shapes of those in the atlas, and to a part of their length.
 
     Fields of view are cut by scanners, but also by hand and by dose; a network that has seen whole exams only takes
     such a cut for the surface of the body. Where a loan leaves less than `LEAST_SEEN` of the exam, it is not taken.
@@ -122,18 +126,34 @@ def borrow_view(
         c_atlas: its map, on the same grid.
         lent: what the other exam shows, in the atlas.
         taken: 1 where the loan is wanted, 0 where the exam stays whole.
+        ends: the part that is kept of what then shows along axis k (feet to head), 0 ... 1.
     """
     shared = own & (grid.sample(lent, c_atlas) > 0.5)
     enough = shared.flatten(1).sum(dim=1) > LEAST_SEEN * own.flatten(1).sum(dim=1)
     wanted = (enough & (taken > 0)).view(-1, 1, 1, 1, 1)
     seen = torch.where(wanted, shared, True)
     size = torch.tensor(own.shape[2:], device=own.device) - 1
-    centres = []
-    for one in torch.where(wanted, shared, False)[:, 0]:
-        index = one.nonzero()
-        middle = (index.amin(dim=0) + index.amax(dim=0)) / size - 1.0 if len(index) else torch.zeros(3)
-        centres.append(middle)
-    return Borrowed(seen.to(c_atlas), torch.stack(centres).to(c_atlas))
+    middles = []
+    for number, (low, high) in enumerate(ends.tolist()):
+        if high - low >= 1 and not wanted[number]:
+            middles.append(torch.zeros(3, device=own.device))
+            continue
+        shown = (seen[number] & own[number])[0].nonzero()
+        first, last = int(shown[:, 2].min()), int(shown[:, 2].max())
+        kept = [first + round(end * (last - first)) for end in (low, high)]
+        seen[number, :, :, :, : kept[0]] = False
+        seen[number, :, :, :, kept[1] + 1 :] = False
+        shown = (seen[number] & own[number])[0].nonzero()
+        middles.append((shown.amin(dim=0) + shown.amax(dim=0)) / size - 1.0)
+    return Borrowed(seen.to(c_atlas), torch.stack(middles).to(c_atlas))
+
+
+def draw_ends(batch: int, generator: Generator, probability: float = 0.4, least: float = 0.35) -> Tensor:
+    """The part of its length that is kept of an exam, (batch, 2) within 0 ... 1; all of it but with a probability."""
+    length = draw_uniform((batch,), least, 1, generator)
+    low = torch.rand(batch, generator=generator) * (1 - length)
+    cut = torch.rand(batch, generator=generator) < probability
+    return torch.stack([torch.where(cut, low, 0.0), torch.where(cut, low + length, 1.0)], dim=1)
 
 
 LEAST_SEEN = 0.1

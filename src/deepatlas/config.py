@@ -140,7 +140,8 @@ class ConsolidationStage:
     """Share of the exams that are fitted and learned from, those that show most of the body first: where little of it
     is shown a fit has little to hold on to."""
     borrow: float = 0.0
-    """Probability that an exam is shown only where another exam of the cohort is: `deepatlas.augment.Borrowed`."""
+    """Probability that an exam is shown only where another exam of the cohort is, `deepatlas.augment.Borrowed`; 0 also
+    leaves all exams their length."""
 
 
 @dataclass(frozen=True)

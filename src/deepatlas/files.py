@@ -151,7 +151,7 @@ def read_labels(path: Path | str, like: Volume | None = None) -> Volume:
 
 
 def read_values(path: Path | str) -> Volume:
-    """Read any volume as it is: whole numbers stay whole, others become float32. For results, not for exams.
+    """Read any volume as it is, for results, not for exams: whole numbers, however stored, as int32, others as float32.
 
     Raises:
         ExamError: missing, broken, not three-dimensional, or not placed in space.
@@ -160,7 +160,8 @@ def read_values(path: Path | str) -> Volume:
     raw = _read_raw(path, ExamError)
     affine, _ = _affine(raw, path, None, ExamError)
     values = _scaled(raw, path, ExamError)
-    return Volume(values if values.dtype.kind in "iu" else values.astype(np.float32), affine)
+    whole = values.dtype.kind in "iub" or ((np.abs(values) < 2**31).all() and np.array_equal(values, np.rint(values)))
+    return Volume(values.astype(np.int32 if whole else np.float32), affine)
 
 
 def as_exam(volume: Volume, name: str = "volume") -> Exam:
@@ -466,7 +467,7 @@ def _check_intensity(array: np.ndarray, path: Path) -> None:
 def without_text(header: nib.Nifti1Header) -> nib.Nifti1Header:
     """A header without its free text, which may name a patient."""
     header = header.copy()
-    for text in ("descrip", "aux_file", "db_name", "intent_name"):
+    for text in ("descrip", "aux_file", "db_name", "data_type", "intent_name"):
         if text in header:
             header[text] = b""
     return header

@@ -56,7 +56,7 @@ def define_files(
     drawn: set[int] = set()
     for exam_path, label_path in pairs:
         try:
-            read[exam_path] = _without_faults(files.read_labels(label_path), files.exam_name(exam_path), names, exclude)
+            read[exam_path] = without_faults(files.read_labels(label_path), files.exam_name(exam_path), names, exclude)
         except DeepAtlasError as error:
             _note(failed, pairs, error, exam_path, label_path)
             continue
@@ -91,7 +91,7 @@ def define_files(
     return Defined(made, list(present), undrawn, failed)
 
 
-def _without_faults(labels: Volume, exam: str, names: dict[str, int], exclude: dict[str, list[str]] | None) -> Volume:
+def without_faults(labels: Volume, exam: str, names: dict[str, int], exclude: dict[str, list[str]] | None) -> Volume:
     """The label map without the structures that are known to be wrong in this exam."""
     faulty = [names[name] for name, exams in (exclude or {}).items() if exam in exams and name in names]
     return Volume(np.where(np.isin(labels.array, faulty), 0, labels.array), labels.affine) if faulty else labels

@@ -7,7 +7,7 @@ Source: §2.2 (a forward pass labels every voxel), §3.2.1 (propagation by linea
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +72,10 @@ class Found:
     was looked for together. None where absent."""
     number: int
     """This structure's number in it."""
+
+    def without_mask(self) -> "Found":
+        """The same without its array: of many exams, what can be kept in memory."""
+        return replace(self, owner=None)
 
     @property
     def mask(self) -> np.ndarray | None:

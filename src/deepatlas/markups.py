@@ -133,7 +133,7 @@ def read_boxes(path: Path, frame: str = "RAS") -> dict[str, Box]:
     Args:
         path: JSON ``{"frame": "RAS", "unit": "mm", "boxes": {name: {...}}}``, or with a single ``"box": {...}``; a box
             is ``{"min": [x, y, z], "max": [x, y, z]}`` or ``{"center": ..., "size": ..., "axes": [[...], ...]}``, one
-            row per edge. Or Slicer's `.mrk.json` with ROIs.
+            row per edge, or null, which is left out. Or Slicer's `.mrk.json` with ROIs.
         frame: of a JSON that does not say it.
 
     Raises:
@@ -145,7 +145,8 @@ def read_boxes(path: Path, frame: str = "RAS") -> dict[str, Box]:
     frame = _frame(about, path, frame)
     if "box" in about:
         about = {"boxes": {"box": about["box"]}}
-    return {name: _box(one, f"box {name!r}", path, frame) for name, one in _table(about, "boxes", path).items()}
+    there = {name: one for name, one in _table(about, "boxes", path).items() if one is not None}
+    return {name: _box(one, f"box {name!r}", path, frame) for name, one in there.items()}
 
 
 def boxes_text(boxes: Mapping[str, Box | None], path: Path, frame: str = "RAS") -> str:
@@ -224,7 +225,7 @@ def _slicer_points(about: dict, path: Path) -> tuple[list[tuple[str, Any]], str]
         if markup.get("type") not in ("Fiducial", "PointList"):
             continue
         frames.add(_slicer_frame(markup, path))
-        for number, control in enumerate(markup.get("controlPoints", []), start=1):
+        for number, control in enumerate(_controls(markup, path), start=1):
             placed = control.get("positionStatus", "defined") == "defined"
             pairs.append((control.get("label") or f"point {number}", control.get("position") if placed else None))
     if len(frames) > 1:
@@ -237,8 +238,10 @@ def _slicer_boxes(about: dict, path: Path) -> dict[str, Box]:
     for number, markup in enumerate(_markups(about, path), start=1):
         if markup.get("type") != "ROI":
             continue
-        labels = [control.get("label") for control in markup.get("controlPoints", [])]
+        labels = [control.get("label") for control in _controls(markup, path)]
         name = next(filter(None, labels), f"box {number}")
+        if name in boxes:
+            raise MarkupError(f"{path.name}: box {name!r} stands there twice; give every box its own name.")
         orientation = markup.get("orientation", [1, 0, 0, 0, 1, 0, 0, 0, 1])
         if not isinstance(orientation, list) or len(orientation) != 9:
             raise MarkupError(f"{path.name}: the orientation of {name!r} should be nine numbers; save it anew.")
@@ -258,11 +261,21 @@ def _markups(about: dict, path: Path) -> list[dict]:
     return markups
 
 
+def _controls(markup: dict, path: Path) -> list[dict]:
+    """The control points of a list or a box, which have to be in mm."""
+    controls, unit = markup.get("controlPoints", []), markup.get("coordinateUnits", "mm")
+    if unit not in ("mm", ["mm"] * 3):
+        raise MarkupError(f"{path.name}: expected coordinates in mm, got {unit!r:.40}; convert them.")
+    if not isinstance(controls, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("label", ""), str) for one in controls
+    ):
+        raise MarkupError(f"{path.name}: its control points cannot be read; save it from Slicer again.")
+    return controls
+
+
 def _slicer_frame(markup: dict, path: Path) -> str:
-    frame = {"0": "RAS", "1": "LPS"}.get(
-        str(markup.get("coordinateSystem", "LPS")), markup.get("coordinateSystem", "LPS")
-    )
-    return _known_frame(frame, path)
+    frame = markup.get("coordinateSystem", "LPS")
+    return _known_frame({"0": "RAS", "1": "LPS"}.get(str(frame), frame), path)  # older files have numbers
 
 
 def _frame(about: dict, path: Path, default: str) -> str:
@@ -278,12 +291,15 @@ def _known_frame(frame: Any, path: Path) -> str:
 
 
 def _csv_points(text: str, path: Path) -> list[tuple[str, Any]]:
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise MarkupError(f"{path.name}: expected a table of points, got something else ({error}).") from None
     if not rows or not {"name", "x", "y", "z"} <= set(rows[0]):
         raise MarkupError(f"{path.name}: expected the columns name, x, y, z, and a row per point; mend the table.")
-    return [
-        (row["name"], None if not any(row[axis] for axis in "xyz") else [row[axis] for axis in "xyz"]) for row in rows
-    ]
+    if not all(row["name"] for row in rows):
+        raise MarkupError(f"{path.name}: a point has no name; give every row one.")
+    return [(row["name"], [row[axis] for axis in "xyz"] if any(row[axis] for axis in "xyz") else None) for row in rows]
 
 
 def _table(about: dict, key: str, path: Path) -> dict[str, Any]:
@@ -298,9 +314,9 @@ def _table(about: dict, key: str, path: Path) -> dict[str, Any]:
 def _vector(value: Any, what: str, path: Path) -> np.ndarray:
     try:
         vector = np.array([float(number) for number in value], dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         vector = np.zeros(0)
-    if vector.shape != (3,) or not np.isfinite(vector).all():
+    if isinstance(value, str) or vector.shape != (3,) or not np.isfinite(vector).all():
         raise MarkupError(f"{path.name}: {what} should have three finite numbers, got {value!r:.60}; mend the file.")
     return vector
 
@@ -314,9 +330,17 @@ def _read(path: Path) -> str:
 
 def _json(text: str, path: Path) -> dict:
     try:
-        about = json.loads(text)
-    except ValueError as error:
+        about = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise MarkupError(f"{path.name}: expected JSON, got something else ({error}); mend the file.") from None
     if not isinstance(about, dict):
         raise MarkupError(f"{path.name}: expected a JSON object, got a {type(about).__name__}; mend the file.")
+    return about
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name stands twice."""
+    about = dict(pairs)
+    if len(about) < len(pairs):
+        raise ValueError("a name stands there twice")
     return about

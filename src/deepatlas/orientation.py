@@ -14,7 +14,7 @@ import torch
 
 from deepatlas import grid
 from deepatlas.checkpoint import Model
-from deepatlas.locate import Embedded, likeness_of
+from deepatlas.locate import Embedded, embed, likeness_of
 from deepatlas.prepare import Prepared, prepare
 from deepatlas.volume import Volume, apply
 
@@ -40,6 +40,12 @@ class Upright(NamedTuple):
         return not np.array_equal(self.turn, np.eye(3))
 
 
+def words(turn: np.ndarray) -> list[str]:
+    """What lies, in truth, in the direction that the header calls right, front and head."""
+    names = (("right", "left"), ("front", "back"), ("head", "feet"))
+    return [names[int(np.abs(column).argmax())][int(column.sum() < 0)] for column in turn.T]
+
+
 def cube_symmetries() -> list[np.ndarray]:
     """The 48 ways to permute and flip three axes, (3, 3): the identity first, the 24 proper ones before the rest."""
     matrices = [
@@ -62,6 +68,21 @@ def upright(model: Model, exam: Volume) -> Upright:
         best, turn = scores[0]
     mirror = max(score for score, _ in scores[24:])
     return Upright(turn, best, as_stored, mirror > best + GAIN)
+
+
+def embed_upright(model: Model, exam: Volume) -> tuple[Embedded, Upright]:
+    """The map of an exam that may be stored turned, and how it was. Everything stays in the frame of its own header.
+
+    Raises:
+        ExamError: the exam cannot be prepared.
+    """
+    found = upright(model, exam)
+    if not found.turned:
+        return embed(model, exam), found
+    right = put_right(exam, found.turn)
+    embedded = embed(model, right)
+    back = exam.affine @ np.linalg.inv(right.affine)
+    return embedded._replace(prepared=replace(embedded.prepared, box_to_mm=back @ embedded.prepared.box_to_mm)), found
 
 
 def put_right(exam: Volume, turn: np.ndarray) -> Volume:

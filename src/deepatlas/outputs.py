@@ -3,6 +3,8 @@
 The JSON of an exam holds no path and nothing from its header but its file's name.
 """
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -75,6 +77,19 @@ def write_answer(folder: Path, exam: Exam, found: dict[str, Found], model: Model
 def answer_paths(folder: Path, name: str) -> tuple[Path, Path]:
     """Where the answer for an exam is written: its label map and its JSON."""
     return folder / f"{name}_seg.nii.gz", folder / f"{name}.json"
+
+
+def write_review(path: Path, found: dict[str, dict[str, Found]]) -> None:
+    """Write what was found in many exams as a table, the lowest confidence first and what is absent last."""
+    rows = [(exam, one) for exam, structures in found.items() for one in structures.values()]
+    rows.sort(key=lambda row: 2.0 if row[1].confidence is None else row[1].confidence)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["exam", "structure", "status", "confidence", "coverage", "volume_ml", "mask"])
+    for exam, one in rows:
+        numbers = ["" if value is None else f"{value:.4g}" for value in (one.confidence, one.coverage, one.volume_ml)]
+        writer.writerow([exam, one.name, one.status, *numbers, answer_paths(Path(), exam)[0].name])
+    checkpoint.write_text(path, table.getvalue().rstrip("\n"))
 
 
 def claim(paths: Iterable[Path], overwrite: bool) -> None:

@@ -365,7 +365,8 @@ class Run:
         own = grid.resize(self.data.foreground[exams].float(), shape) > 0.5
         lenders = torch.randint(len(self.lent), (len(exams),), generator=chance)
         taken = (torch.rand(len(exams), generator=chance) < probability).to(self.targets)
-        return augment.borrow_view(own, self.targets[exams], self.lent[lenders].to(self.targets), taken)
+        ends = augment.draw_ends(len(exams), chance)
+        return augment.borrow_view(own, self.targets[exams], self.lent[lenders].to(self.targets), taken, ends)
 
     def _shown(self, exam: int) -> Tensor:
         """Where the atlas is shown by an exam, (1, 1, n, n, n) bool."""

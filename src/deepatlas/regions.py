@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from scipy import ndimage
 
 from deepatlas import files, grid
@@ -26,7 +28,7 @@ from deepatlas.locate import ABSENT, PRESENT, Embedded, likeness_of
 from deepatlas.markups import Box
 from deepatlas.places import from_atlas, in_patient, nearest_rotation, robust_affine, to_atlas
 from deepatlas.prepare import AIR_HU, sample_mm
-from deepatlas.volume import Volume, apply, planes_mm
+from deepatlas.volume import Volume, apply, corners_mm, planes_mm
 
 LARGEST_CROP = 2**28
 """Voxels."""
@@ -241,10 +243,20 @@ def recorded_exam(about: dict[str, Any], name: str) -> Exam:
             raise ValueError(f"shape {shape}")
         array = np.broadcast_to(np.uint8(0), shape)
         return Exam(array, np.array(original["affine"], dtype=np.float64), kind(block), str(about["exam"]))
-    except (KeyError, TypeError, ValueError, ExamError, nib.spatialimages.HeaderDataError) as error:
+    except (KeyError, TypeError, ValueError, ExamError, WrapStructError, HeaderDataError) as error:
         raise RegionError(
             f"{name} is not what `deepatlas crop` wrote ({error}); give the JSON beside the crop."
         ) from None
+
+
+def check_on_crop(result: Volume, about: dict[str, Any]) -> None:
+    """Refuse a result that does not lie on the grid of the recorded crop."""
+    shape, affine = tuple(about["crop"]["shape"]), np.array(about["crop"]["affine"], dtype=np.float64)
+    if result.shape != shape or np.abs(result.corners_mm() - corners_mm(shape, affine)).max() > files.SAME_GRID_MM * 10:
+        raise RegionError(
+            f"Expected a result on the grid of the crop of {about['exam']}, {shape}, got another, {result.shape}; give "
+            "the JSON that was written beside this very crop."
+        )
 
 
 def paste(result: Volume, shape: tuple, affine: np.ndarray, outside: float = 0.0) -> np.ndarray:

@@ -6,7 +6,7 @@ Source: Φ_pq of §5.1.1; weights by local similarity as in multi-atlas segmenta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from deepatlas import grid, warp
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
-from deepatlas.locate import Embedded
+from deepatlas.locate import Embedded, Found, locate
 from deepatlas.prepare import prepare_labels
-from deepatlas.volume import Volume
+from deepatlas.volume import Volume, apply
 
 SHARPNESS = 4.0
 """Power of the local similarity in a vote."""
@@ -59,6 +59,38 @@ def vote(model: Model, embedded: Embedded, voters: list[Voter]) -> Tensor:
         total += say * laid[0, 1:]
         weight += say
     return total / weight
+
+
+def locate_by_vote(
+    model: Model, exam: Volume, embedded: Embedded, voters: list[Voter], names: Mapping[str, int]
+) -> dict[str, Found]:
+    """Structures of the library, whether they are there as `deepatlas.locate.locate` says, where they are by vote.
+
+    Args:
+        names: structure → number in the voters' label maps, in their order.
+    """
+    library = locate(model, exam, names, embedded)
+    there = [name for name, one in library.items() if one.status != "absent"]
+    owner = masks(vote(model, embedded, voters), embedded, exam)
+    voted = {}
+    for number, (name, one) in enumerate(library.items()):
+        index = np.argwhere(owner == number) if name in there else np.zeros((0, 3), dtype=int)
+        if not len(index):
+            voted[name] = replace(one, status="absent", confidence=None, owner=None, **NOWHERE)
+            continue
+        places, half = apply(exam.affine, index), np.abs(exam.affine[:3, :3]).sum(axis=1) / 2
+        voted[name] = replace(
+            one,
+            owner=owner,
+            number=number,
+            volume_ml=float(len(index) * abs(np.linalg.det(exam.affine[:3, :3])) / 1000),
+            centroid_mm=tuple(places.mean(axis=0).tolist()),
+            box_mm=(tuple((places.min(axis=0) - half).tolist()), tuple((places.max(axis=0) + half).tolist())),
+        )
+    return voted
+
+
+NOWHERE = {"volume_ml": None, "centroid_mm": None, "box_mm": None}
 
 
 def _local_correlation(a: Tensor, b: Tensor) -> Tensor:

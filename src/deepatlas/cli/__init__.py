@@ -28,7 +28,7 @@ structures_app = typer.Typer(help="List, rename or remove the structures of a mo
 for command in (
     *(training.prepare, training.pretrain),
     *(library.define, library.export),
-    *(answers.locate, answers.embed, answers.atlas, answers.evaluate),
+    *(answers.locate, answers.propose, answers.vote, answers.embed, answers.atlas, answers.evaluate),
     *(geometry.points, geometry.boxes, geometry.roi, geometry.crop, geometry.uncrop),
     *(geometry.coverage, geometry.register),
     *(library.models, library.info),

@@ -1,22 +1,25 @@
 """Commands that answer about exams: locate, embed, atlas, evaluate."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from deepatlas.cli.options import (
+    CopiesOption,
     DeviceOption,
     ExamOption,
     ExamsOption,
     ListOption,
     ModelOption,
     NamesOption,
+    OrientOption,
     OutOption,
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import load, names_in, read_json
+from deepatlas.cli.reading import load, mapped, names_in, read_json, table_of_names
 from deepatlas.cli.speech import counting, end
 from deepatlas.errors import DeepAtlasError, StructureError
 
@@ -30,6 +33,8 @@ def locate(
     output: OutOption,
     structures: ListOption = None,
     refined: RefineOption = False,
+    copies: CopiesOption = 0,
+    orient: OrientOption = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -37,10 +42,110 @@ def locate(
 
     Writes `<exam>_seg.nii.gz` and `<exam>.json`; what failed stands in `failed.json`.
     """
+    _answer(model, inputs, output, structures, Care(refined, copies, orient), overwrite, device)
+
+
+def propose(
+    model: ModelOption,
+    inputs: ExamsOption,
+    output: OutOption,
+    structures: ListOption = None,
+    refined: RefineOption = False,
+    copies: CopiesOption = 0,
+    orient: OrientOption = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Write masks to be corrected by hand, and `review.csv`, what to look at first: the lowest confidence on top.
+
+    Corrected masks go back through `deepatlas define -i FOLDER -l OUT`.
+    """
+    from deepatlas import outputs
+
+    outputs.claim([output / "review.csv"], overwrite)
+    answers = _answer(
+        model, inputs, output, structures, Care(refined, copies, orient), overwrite, device, failing=False
+    )
+    outputs.write_review(output / "review.csv", answers.found)
+    typer.echo(f"{output / 'review.csv'}: {sum(map(len, answers.found.values()))} structures, the least sure first.")
+    end(answers.failed)
+
+
+def vote(
+    model: ModelOption,
+    inputs: ExamsOption,
+    examples: Annotated[Path, typer.Option("-e", "--examples", help="Labelled exams that vote.")],
+    labels: Annotated[Path, typer.Option("-l", "--labels", help="Their label maps, by the same names.")],
+    names: NamesOption,
+    output: OutOption,
+    structures: ListOption = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help='JSON of label faults to leave out: {"larynx": ["pt_206"]}.')
+    ] = None,
+    refined: RefineOption = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Find structures by the votes of labelled exams, each laid over the exam, weighted by how alike they look there.
+
+    The model's library says whether a structure is there; it must know it (`deepatlas define`).
+    """
+    from deepatlas import checkpoint, files, library, outputs
+    from deepatlas import vote as voting
+
+    paths = files.find_exams(inputs)
+    loaded = load(checkpoint.find(model), device)
+    table = {name: number for name, number in table_of_names(names, structures).items() if loaded.structure(name)}
+    faults = read_json(exclude, dict) if exclude else None
+    outputs.claim((p for path in paths for p in outputs.answer_paths(output, files.exam_name(path))), overwrite)
+    voters = []
+    with counting("Reading") as count:
+        pairs = library.pair(examples, labels)
+        for done, (exam_path, label_path) in enumerate(pairs, start=1):
+            exam = files.read_exam(exam_path)
+            drawn = library.without_faults(files.read_labels(label_path, like=exam), exam.name, table, faults)
+            voters.append(voting.voter(mapped(loaded, exam, refined)[0], drawn, table))
+            count(done, len(pairs), exam.name)
+
+    def work(path: Path) -> None:
+        exam = files.read_exam(path)
+        found = voting.locate_by_vote(loaded, exam, mapped(loaded, exam, refined)[0], voters, table)
+        outputs.write_answer(output, exam, found, loaded)
+
+    with counting("Locating") as count:
+        failed = outputs.each(paths, work, count)
+    outputs.write_failed(output / "failed.json", failed, [files.exam_name(path) for path in paths])
+    end(failed)
+
+
+class Care(NamedTuple):
+    """How the map of an exam is made."""
+
+    refined: bool
+    copies: int
+    orient: bool
+
+
+class Answers(NamedTuple):
+    """What was found in every exam, and what failed."""
+
+    found: dict[str, dict[str, "Found"]]
+    failed: dict[str, str]
+
+
+def _answer(
+    model: str,
+    inputs: Path,
+    output: Path,
+    structures: str | None,
+    care: Care,
+    overwrite: bool,
+    device: str,
+    failing: bool = True,
+) -> Answers:
+    """Locate in every exam and write the answers; ends with the exit code for what failed unless told otherwise."""
     from deepatlas import checkpoint, files, outputs
-    from deepatlas.locate import embed as embed_exam
     from deepatlas.locate import locate as find
-    from deepatlas.refine import refine
 
     paths = files.find_exams(inputs)
     loaded = load(checkpoint.find(model), device)
@@ -50,12 +155,15 @@ def locate(
     outputs.check_numbers((name, loaded.structure(name).label) for name in wanted)
     outputs.claim((p for path in paths for p in outputs.answer_paths(output, files.exam_name(path))), overwrite)
     lines: list[str] = []
+    answers = Answers({}, {})
 
     def work(path: Path) -> None:
         exam = files.read_exam(path)
-        embedded = embed_exam(loaded, exam)
-        found = find(loaded, exam, wanted, refine(loaded, exam, embedded) if refined else embedded)
+        embedded, notes = mapped(loaded, exam, *care)
+        exam = replace(exam, repairs=(*exam.repairs, *notes))
+        found = find(loaded, exam, wanted, embedded)
         outputs.write_answer(output, exam, found, loaded)
+        answers.found[exam.name] = {name: one.without_mask() for name, one in found.items()}
         lines.extend(_answer_lines(exam.name, found, alone=len(paths) == 1))
         lines.extend(f"{exam.name}: mended: {repair}" for repair in exam.repairs)
 
@@ -66,7 +174,10 @@ def locate(
     outputs.write_failed(output / "failed.json", failed, [files.exam_name(path) for path in paths])
     if failed and inputs.is_file():
         raise DeepAtlasError(*failed.values())
-    end(failed)
+    answers.failed.update(failed)
+    if failing:
+        end(failed)
+    return answers
 
 
 def embed(

@@ -15,14 +15,12 @@ from deepatlas.cli.options import (
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import choice, load, names_in, own, read_json
+from deepatlas.cli.reading import choice, load, mapped, names_in, own, read_json
 from deepatlas.cli.speech import counting, end
 from deepatlas.errors import MarkupError, RegionError
 
 if TYPE_CHECKING:
-    from deepatlas.checkpoint import Model
-    from deepatlas.locate import Embedded
-    from deepatlas.volume import Volume
+    pass
 
 FromOption = Annotated[Path, typer.Option("-f", "--from", help="The exam they were marked on.")]
 FrameOption = Annotated[str, typer.Option("--frame", help="Of a table that does not say it, and of what is written.")]
@@ -53,10 +51,10 @@ def points(
     targets = targets or {paths[0]: output}
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
-    marked_on = _embedded(loaded, files.read_exam(source), refined)
+    marked_on = mapped(loaded, files.read_exam(source), refined)[0]
 
     def work(path: Path) -> None:
-        exam = _embedded(loaded, files.read_exam(path), refined)
+        exam = mapped(loaded, files.read_exam(path), refined)[0]
         found = places.carry(marked_on, exam, np.stack(list(wanted.values())))
         sure = places.confidence(loaded, exam, found.points_mm)
         placed = {
@@ -97,14 +95,14 @@ def boxes(
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
     if drawn is not None:
-        marked_on = _embedded(loaded, files.read_exam(source), refined)
+        marked_on = mapped(loaded, files.read_exam(source), refined)[0]
         found = markups.read_boxes(drawn, frame)
         wanted += [regions.from_box(loaded, name, marked_on, box) for name, box in found.items()]
     if not wanted:
         wanted = [regions.region_of(loaded, name) for name in [*loaded.regions, *loaded.structures]]
 
     def work(path: Path) -> None:
-        exam = _embedded(loaded, files.read_exam(path), refined)
+        exam = mapped(loaded, files.read_exam(path), refined)[0]
         shown = {region.name: regions.show(region, exam).box for region in wanted}
         if aligned:
             shown = {name: box and markups.aligned_box(*box.limits_mm) for name, box in shown.items()}
@@ -130,6 +128,10 @@ def roi(
 
     if (structures is None) == (box is None) or (box is None) != (exam is None):
         raise typer.BadParameter("Give either --structures, or -i with --box.", param_hint="--structures")
+    if not name.strip() or "," in name:
+        raise typer.BadParameter(f"{name!r} cannot be asked for; leave out commas.", param_hint="--name")
+    if not margin < 1000:
+        raise typer.BadParameter("Give a margin in mm below 1000.", param_hint="--margin")
     folder = own(checkpoint.find(model))
     loaded = load(folder, device)
     if structures is not None:
@@ -138,7 +140,7 @@ def roi(
         drawn = markups.read_boxes(box)
         if len(drawn) > 1:
             raise MarkupError(f"{box.name}: expected one box, got {len(drawn)}; keep the one that is {name}.")
-        embedded = _embedded(loaded, files.read_exam(exam), refined)
+        embedded = mapped(loaded, files.read_exam(exam), refined)[0]
         region = regions.from_box(loaded, name, embedded, next(iter(drawn.values())).wider(margin))
     if name in loaded.structures:
         raise RegionError(f"{name} is a structure of the model, and so a region already; choose another name.")
@@ -179,7 +181,7 @@ def crop(
 
     def work(path: Path) -> None:
         exam = files.read_exam(path)
-        shown = regions.show(region, _embedded(loaded, exam, refined))
+        shown = regions.show(region, mapped(loaded, exam, refined)[0])
         if shown.to_mm is None:
             raise RegionError(f"{path.name}: {roi} is not in this scan (coverage {shown.coverage:.0%}).")
         shape, affine = regions.view_grid(shown, spacing or float(np.min(exam.spacing_mm)), size)
@@ -206,6 +208,7 @@ def uncrop(
     outputs.claim([output], overwrite)
     like = regions.recorded_exam(about, record.name)
     result = files.read_values(inputs)
+    regions.check_on_crop(result, about)
     full = regions.paste(result, like.shape, like.affine)
     (files.write_labels if full.dtype.kind in "iu" and full.min() >= 0 else files.write_image)(output, full, like)
     typer.echo(f"{output}: on the grid of {like.name}.")
@@ -232,16 +235,21 @@ def coverage(
     outputs.claim([output], overwrite)
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
+    if not wanted:
+        raise typer.BadParameter("Name at least one region.", param_hint="--roi")
     rows: list[tuple[str, str, float, str]] = []
 
     def work(path: Path) -> None:
-        exam = _embedded(loaded, files.read_exam(path))
+        exam = mapped(loaded, files.read_exam(path))[0]
         for region in wanted:
             share, status = regions.coverage(loaded, region, exam)
             rows.append((files.exam_name(path), region.name, share, status))
 
+    if inputs.is_file():
+        work(paths[0])
     with counting("Looking") as count:
-        failed = outputs.each(paths, work, count)
+        failed = outputs.each(paths, work, count) if inputs.is_dir() else {}
+    outputs.write_failed(output.with_name(f"{output.name}.failed.json"), failed)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("exam", "roi", "coverage", "status"), *((e, r, f"{c:.4f}", s) for e, r, c, s in rows)])
@@ -277,7 +285,7 @@ def register(
     loaded = load(checkpoint.find(model), device)
     still, laid = files.read_exam(fixed), files.read_exam(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
-    maps = [_embedded(loaded, exam, refined) for exam in (still, laid)]
+    maps = [mapped(loaded, exam, refined)[0] for exam in (still, laid)]
     there = registering.register(*maps, kind, not linear, refined)
     files.write_image(output / "moved.nii.gz", registering.moved(there, still, laid), still)
     if drawn is not None:
@@ -291,15 +299,6 @@ def register(
         f"{output}: {about['overlap']:.0%} of {still.name} has a counterpart in {laid.name}; "
         f"{about['folded']:.2%} of it folds, there and back differs by {about['inverse_consistency_mm']['median']} mm."
     )
-
-
-def _embedded(model: "Model", exam: "Volume", refined: bool = False) -> "Embedded":
-    """An exam with its map, fitted to it where that is wanted."""
-    from deepatlas.locate import embed
-    from deepatlas.refine import refine
-
-    embedded = embed(model, exam)
-    return refine(model, exam, embedded) if refined else embedded
 
 
 def _each(paths: list[Path], work, folder: Path | None, title: str) -> None:

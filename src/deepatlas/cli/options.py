@@ -14,5 +14,9 @@ NamesOption = Annotated[Path, typer.Option("--names", help='JSON, structure to n
 ListOption = Annotated[str | None, typer.Option("--structures", help="Only these, separated by commas.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 DeviceOption = Annotated[str, typer.Option("--device", help='Where the network runs: "cpu", "cuda".')]
+OrientOption = Annotated[bool, typer.Option("--orient", help="Try all ways the exam may be turned; says so if it is.")]
+CopiesOption = Annotated[
+    int, typer.Option("--copies", help="Average the maps of so many augmented copies too.", min=0, max=64)
+]
 RefineOption = Annotated[bool, typer.Option("--refine", help="Fit each map to its exam first: better, seconds each.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -10,6 +10,8 @@ from deepatlas.errors import LabelError, ModelError, StructureError
 
 if TYPE_CHECKING:
     from deepatlas.checkpoint import Model
+    from deepatlas.files import Exam
+    from deepatlas.locate import Embedded
 
 
 def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -35,6 +37,29 @@ def load(folder: Path, device: str) -> "Model":
     model = checkpoint.load(folder)
     model.network.to(device)
     return model
+
+
+def mapped(
+    model: "Model", exam: "Exam", refined: bool = False, copies: int = 0, orient: bool = False
+) -> tuple["Embedded", list[str]]:
+    """An exam with its map, made with the care that was asked for, and what is to be said about it."""
+    from deepatlas import consistency, orientation
+    from deepatlas.locate import embed
+    from deepatlas.refine import refine
+
+    notes = []
+    if orient:
+        embedded, found = orientation.embed_upright(model, exam)
+        if found.turned:
+            axes = " ".join(orientation.words(found.turn))
+            notes.append(f"its header is wrong: what it calls right, front, head is {axes}; taken as that")
+        if found.mirrored:
+            notes.append("it looks like a mirror image; nothing was done about it, check left and right")
+    else:
+        embedded = embed(model, exam)
+    if copies:
+        embedded = consistency.agree(model, embedded, copies).embedded
+    return (refine(model, exam, embedded) if refined else embedded), notes
 
 
 def own(folder: Path) -> Path:
@@ -69,7 +94,7 @@ def table_of_names(path: Path, structures: str | None) -> dict[str, int]:
 def read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LabelError(f"Expected JSON in {path}, but it cannot be read ({error}); mend the file.") from None
     if not isinstance(value, kind):
         raise LabelError(f"Expected a JSON {kind.__name__} in {path.name}, got {type(value).__name__}; mend the file.")

@@ -1,0 +1,85 @@
+"""Votes: exams that look alike count, those on which a structure was not drawn have no say."""
+
+import numpy as np
+import pytest
+import torch
+
+from deepatlas import grid
+from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.locate import Embedded
+from deepatlas.prepare import Prepared
+from deepatlas.volume import Volume
+from deepatlas.vote import masks, vote, voter
+from exact import blank
+
+SIZE = 24
+NAMES = {"ball": 3, "rod": 5}
+
+
+@pytest.fixture
+def model() -> Model:
+    """Its random features are features too."""
+    torch.manual_seed(0)
+    return blank()
+
+
+def exam(seed: int = 0, shift: float = 0.0) -> Embedded:
+    """A textured exam; a shift moves all of it along R, and its map with it."""
+    where = grid.identity((SIZE,) * 3) + torch.tensor([shift, 0, 0]).view(1, 3, 1, 1, 1)
+    x, y, z = where[0].numpy()
+    hu = 200 * np.sin(5 * x + 3 * seed) * np.cos(4 * y - seed) + 100 * np.sin(6 * z + seed)
+    return Embedded(
+        Prepared(hu.astype(np.float32), np.ones((SIZE,) * 3, bool), np.diag([60.0, 60, 60, 1])), MARGIN * where
+    )
+
+
+def labels(shift: float = 0.0, *numbers: int) -> Volume:
+    """A label map on the exam's grid."""
+    where = grid.identity((SIZE,) * 3)[0].numpy() + np.array([shift, 0, 0]).reshape(3, 1, 1, 1)
+    array = np.zeros((SIZE,) * 3, np.uint8)
+    if 3 in numbers:
+        array[(where**2).sum(axis=0) < 0.3] = 3
+    if 5 in numbers:
+        array[(np.abs(where[0] - 0.6) < 0.15) & (np.abs(where[1]) < 0.15)] = 5
+    affine = np.diag([120 / (SIZE - 1)] * 3 + [1.0])
+    affine[:3, 3] = -60
+    return Volume(array, affine)
+
+
+def test_an_exam_that_votes_about_itself_repeats_its_labels(model):
+    one = exam()
+    drawn = labels(0.0, 3, 5)
+    shares = vote(model, one, [voter(one, drawn, NAMES)])
+    owner = masks(shares, one, drawn)
+    for number, value in enumerate(NAMES.values()):
+        assert ((owner == number) != (drawn.array == value)).mean() < 0.02
+
+
+def test_a_shifted_exam_votes_at_the_right_place(model):
+    here, there = exam(), exam(shift=0.25)
+    owner = masks(vote(model, here, [voter(there, labels(0.25, 3), NAMES)]), here, labels(0.0, 3))
+    truth = labels(0.0, 3).array == 3
+    assert 2 * ((owner == 0) & truth).sum() / ((owner == 0).sum() + truth.sum()) > 0.9
+
+
+def test_where_a_structure_was_not_drawn_an_exam_has_no_say(model):
+    one = exam()
+    alone = vote(model, one, [voter(one, labels(0.0, 3, 5), NAMES)])
+    with_other = vote(model, one, [voter(one, labels(0.0, 3, 5), NAMES), voter(one, labels(0.0, 3), NAMES)])
+    assert torch.allclose(alone[1], with_other[1], atol=1e-5)
+
+
+def test_the_exam_that_looks_alike_outvotes_the_one_that_does_not(model):
+    one, other = exam(), exam(seed=2)
+    right, wrong = labels(0.0, 3), labels(0.5, 3)
+    shares = vote(model, one, [voter(one, right, NAMES), voter(other, wrong, NAMES)])[0]
+    middle = SIZE // 2
+    assert shares[middle, middle, middle] > 0.5
+    assert (shares > 0.5)[torch.from_numpy(right.array == 3)].float().mean() > 0.9
+    assert (shares > 0.5)[torch.from_numpy((wrong.array == 3) & (right.array == 0))].float().mean() < 0.1
+
+
+def test_nobody_owns_a_voxel_below_the_level(model):
+    one = exam()
+    shares = vote(model, one, [voter(one, labels(0.0, 3), NAMES)])
+    assert (masks(0.4 * shares, one, labels(0.0)) == -1).all()
