@@ -189,6 +189,8 @@ PAPER = Preset(
 )
 """The sizes of §5.2.6: 64³, five levels of 7,500 steps, 64 exams a step. For a GPU."""
 
+_FINE = Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=12, atlas_steps=0)
+
 CPU = Preset(
     name="cpu",
     network=COMPACT,
@@ -206,16 +208,16 @@ CPU = Preset(
         ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1200),
         ConsolidationStage(Fitting(steps=25, nodes=12, window=8, smooth=0.3), steps=1600),
         ConsolidationStage(Fitting(steps=15, nodes=12, window=8, smooth=0.3), steps=1200),
-        ConsolidationStage(
-            Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=12, atlas_steps=0), steps=1600
-        ),
+        ConsolidationStage(_FINE, steps=1600),
+        ConsolidationStage(_FINE, steps=2000, whole=0.4, borrow=0.7),
+        ConsolidationStage(_FINE, steps=2400, borrow=0.5),
     ),
     batch=8,
     atlas_size=128,
     decay=0.94,
     augmentation=Augmentation(scale=0.2, rotation=0.3, translation=0.15),
 )
-"""For two CPU cores and about two hours."""
+"""For two CPU cores and some four hours."""
 
 DEMO = Preset(
     name="demo",
