@@ -11,104 +11,26 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from deepatlas import grid
-from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
-from deepatlas.config import NetworkConfig
 from deepatlas.errors import ExamError, StructureError
-from deepatlas.locate import ABSENT, PRESENT, Embedded, Found, define, locate, owners_reference
-from deepatlas.prepare import prepare
+from deepatlas.locate import ABSENT, PRESENT, Found, define, locate, owners_reference
 from deepatlas.volume import Volume, apply, reorder
-
-FRAME = np.array([[130.0, 0, 0, 10], [0, 110, 0, -20], [0, 0, 160, 30], [0, 0, 0, 1]])
-"""Box → mm of the seed exam: the atlas."""
-CENTRE, RADIUS = np.array([35.0, 10.0, 50.0]), 28.0
-OTHER = np.array([-30.0, -35.0, 10.0])
-
-
-class Exact(nn.Module):
-    """In the place of a network; `exact` says what it would answer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = NetworkConfig(size=24)
-        self.offset = nn.Parameter(torch.zeros(3))
-
-    def forward(self, image, level=0):
-        raise AssertionError("the map is known")
-
-
-def exact(model: Model, exam: Volume, region: str = "exam") -> Embedded:
-    """An exam with its true coordinates."""
-    prepared = prepare(exam, model.size, region)
-    to_atlas = np.diag([MARGIN] * 3 + [1.0]) @ np.linalg.inv(FRAME) @ prepared.box_to_mm
-    where = grid.identity((model.size,) * 3, torch.float64)[0].flatten(1).T.numpy()
-    c = apply(to_atlas, where).T.reshape(1, 3, *(model.size,) * 3)
-    return Embedded(prepared, torch.from_numpy(c).float())
+from exact import CENTRE, FRAME, OTHER, RADIUS, balls, blank, dice, exact, scan
 
 
 @pytest.fixture
 def model(monkeypatch) -> Model:
     """A model that knows no structure yet; `embed` gives the true map."""
     monkeypatch.setattr(sys.modules["deepatlas.locate"], "embed", exact)
-    torch.manual_seed(0)
-    return Model(
-        network=Exact(),
-        autoencoder=Autoencoder().requires_grad_(False),
-        atlas=torch.rand(1, 1, 12, 12, 12),
-        seed_box_to_mm=torch.from_numpy(FRAME),
-        region="exam",
-        level=0,
-        seed_exam="seed",
-        structures={},
-    )
-
-
-def rotated(degrees: tuple[float, float, float]) -> np.ndarray:
-    """A rotation about the three axes."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(np.radians(degrees)):
-        i, j = [a for a in range(3) if a != axis]
-        turn = np.eye(3)
-        turn[i, i] = turn[j, j] = np.cos(angle)
-        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
-    return matrix
-
-
-def scan(spacing, degrees=(0.0, 0.0, 0.0), low=(-110, -120, -110), high=(130, 80, 170)) -> tuple[Volume, np.ndarray]:
-    """An exam of a body of two parts around a field of view, and the mm of its voxels."""
-    turn, extent = rotated(degrees), np.array(high) - low
-    shape = np.ceil(extent / np.array(spacing)).astype(int) + 1
-    affine = np.eye(4)
-    affine[:3, :3] = turn * spacing
-    middle = (np.array(low) + high) / 2
-    affine[:3, 3] = middle - affine[:3, :3] @ ((shape - 1) / 2)
-    places = apply(affine, np.moveaxis(np.indices(shape), 0, -1))
-    inside = (((places - FRAME[:3, 3]) / [105, 85, 150]) ** 2).sum(axis=-1) < 1
-    texture = 40 * np.sin(places / 9).sum(axis=-1)
-    return Volume(np.where(inside, texture, -1000).astype(np.int16), affine), places
-
-
-def balls(places: np.ndarray, *centres: np.ndarray, radius: float = RADIUS) -> np.ndarray:
-    """A label map with ball n + 1 around centre n; later ones cover earlier ones."""
-    labels = np.zeros(places.shape[:3], np.uint8)
-    for number, centre in enumerate(centres, start=1):
-        labels[((places - centre) ** 2).sum(axis=-1) < radius**2] = number
-    return labels
+    return blank()
 
 
 def defined(model: Model, names: dict[str, int] | None = None, **how) -> Model:
     """The model after one labelled exam."""
     exam, places = scan(**({"spacing": (4.0, 3.0, 5.0), "degrees": (5, -8, 12)} | how))
     return define(model, [(exam, Volume(balls(places, CENTRE, OTHER), exam.affine))], names or {"ball": 1})
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Overlap of two masks."""
-    return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
 def check(found: Found, exam: Volume, truth: np.ndarray, least: float = 0.9) -> None:

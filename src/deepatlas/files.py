@@ -467,7 +467,7 @@ def _check_intensity(array: np.ndarray, path: Path) -> None:
 def without_text(header: nib.Nifti1Header) -> nib.Nifti1Header:
     """A header without its free text, which may name a patient."""
     header = header.copy()
-    for text in ("descrip", "aux_file", "db_name", "data_type", "intent_name"):
+    for text in ("descrip", "aux_file", "db_name", "data_type", "intent_name", "unused_str"):
         if text in header:
             header[text] = b""
     return header

@@ -69,25 +69,38 @@ def carry(source: Embedded, target: Embedded, points_mm: np.ndarray) -> Places:
     return Places(places.points_mm, places.valid & inside)
 
 
-def robust_affine(source: np.ndarray, target: np.ndarray, least: float = LEAST_SCALE) -> np.ndarray:
+def robust_affine(
+    source: np.ndarray, target: np.ndarray, expected: np.ndarray | None = None, least: float = LEAST_SCALE
+) -> np.ndarray:
     """The affine map from points (point, 3) to points, (4, 4), by least squares in which far outliers count little.
 
-    Tukey's weights at 4.7 times the median residual, in a few rounds; with fewer than four points the shift alone.
+    Tukey's weights at 4.7 times the median residual, in a few rounds.
 
-    Source: §5.2.4 (`B_T · A ≈ B_n`); the weights are ours.
+    Args:
+        expected: its linear part (3, 3) as far as is known otherwise; it decides the directions in which the points say
+            nothing, such as that across a single layer of them. The identity by default.
+        least: residuals below this are all the same.
+
+    Source: §5.2.4 (`B_T · A ≈ B_n`); the weights and the expectation are ours.
     """
-    if len(source) < 4:
-        matrix = np.eye(4)
-        matrix[:3, 3] = (target - source).mean(axis=0) if len(source) else 0.0
-        return matrix
+    known = np.eye(3) if expected is None else expected
     x, y = (torch.from_numpy(np.asarray(points, dtype=np.float64).T)[None] for points in (source, target))
+    rest = y - torch.from_numpy(known) @ x
     weight = torch.ones_like(x[:, :1])
     for _ in range(ROBUST_ROUNDS):
-        matrix = affine.fit(x, y, weight)
-        distance = (affine.apply(matrix, x) - y).norm(dim=1, keepdim=True)
+        matrix = affine.fit(x, rest, weight, ridge=1e-5)
+        distance = (affine.apply(matrix, x) - rest).norm(dim=1, keepdim=True)
         scale = 4.7 * distance.median().clamp_min(max(least, 1e-9))
         weight = (1 - (distance / scale).square()).clamp_min(0).square()
-    return matrix[0].numpy()
+    found = matrix[0].numpy()
+    found[:3, :3] += known
+    return found
+
+
+def linear_to_atlas(embedded: Embedded) -> np.ndarray:
+    """The linear part (3, 3) of an exam's map as a whole, mm → atlas."""
+    to_atlas_box = warp.linear_part(embedded.c_atlas.double(), embedded.foreground)[0, :3, :3].numpy()
+    return to_atlas_box @ np.linalg.inv(embedded.prepared.box_to_mm[:3, :3])
 
 
 def nearest_rotation(linear: np.ndarray, scaled: bool = False) -> np.ndarray:

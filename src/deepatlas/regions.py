@@ -26,7 +26,14 @@ from deepatlas.errors import ExamError, RegionError
 from deepatlas.files import Exam
 from deepatlas.locate import ABSENT, PRESENT, Embedded, likeness_of
 from deepatlas.markups import Box
-from deepatlas.places import from_atlas, in_patient, nearest_rotation, robust_affine, to_atlas
+from deepatlas.places import (
+    from_atlas,
+    in_patient,
+    linear_to_atlas,
+    nearest_rotation,
+    robust_affine,
+    to_atlas,
+)
 from deepatlas.prepare import AIR_HU, sample_mm
 from deepatlas.volume import Volume, apply, corners_mm, planes_mm
 
@@ -103,7 +110,8 @@ def from_box(model: Model, name: str, embedded: Embedded, box: Box) -> Region:
     shown = in_patient(embedded, apply(box.to_mm, cube))
     if shown.sum() < LEAST_NODES:
         raise RegionError(f"The box of {name} lies outside the patient; its numbers are mm, RAS unless said otherwise.")
-    to_atlas_box = robust_affine(cube[shown], c[0].T.double().numpy()[shown], least=0.0)
+    expected = linear_to_atlas(embedded) @ box.to_mm[:3, :3]
+    to_atlas_box = robust_affine(cube[shown], c[0].T.double().numpy()[shown], expected, least=0.0)
     corners = apply(to_atlas_box, np.stack(np.meshgrid(*[(-1, 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3))
     region = _region(name, corners.min(axis=0), corners.max(axis=0))
     return replace(
@@ -132,7 +140,9 @@ def show(region: Region, embedded: Embedded) -> Shown:
     coverage = float(places.valid[counted].mean()) if counted.any() else float(places.valid.mean())
     if coverage < ABSENT or places.valid.sum() < LEAST_NODES:
         return Shown(coverage, "absent", None)
-    to_mm = robust_affine(_cube_nodes()[places.valid], places.points_mm[places.valid])
+    edges = (region.box_atlas[1] - region.box_atlas[0]).double().numpy() / 2
+    expected = np.linalg.inv(linear_to_atlas(embedded)) * edges
+    to_mm = robust_affine(_cube_nodes()[places.valid], places.points_mm[places.valid], expected)
     return Shown(coverage, "present" if coverage >= PRESENT else "cut_off", to_mm)
 
 
@@ -162,7 +172,7 @@ def view_grid(shown: Shown, spacing_mm: np.ndarray | float, size: int | None = N
     if size is not None:
         shape, spacing = (size,) * 3, box.size_mm / size
     else:
-        shape = tuple(int(n) for n in np.maximum(2, np.ceil(box.size_mm / spacing - 1e-6)))
+        shape = tuple(int(n) for n in np.maximum(2, np.ceil(box.size_mm / spacing - 0.05)))
     if np.prod(shape, dtype=np.float64) > LARGEST_CROP:
         raise RegionError(f"Expected a crop of at most {LARGEST_CROP} voxels, got {shape}; choose a larger spacing.")
     affine = np.eye(4)
@@ -243,7 +253,7 @@ def recorded_exam(about: dict[str, Any], name: str) -> Exam:
             raise ValueError(f"shape {shape}")
         array = np.broadcast_to(np.uint8(0), shape)
         return Exam(array, np.array(original["affine"], dtype=np.float64), kind(block), str(about["exam"]))
-    except (KeyError, TypeError, ValueError, ExamError, WrapStructError, HeaderDataError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ExamError, WrapStructError, HeaderDataError) as error:
         raise RegionError(
             f"{name} is not what `deepatlas crop` wrote ({error}); give the JSON beside the crop."
         ) from None

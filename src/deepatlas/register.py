@@ -21,7 +21,7 @@ from deepatlas.fitting import fit
 from deepatlas.locate import Embedded
 from deepatlas.machine import denormals_are_zero
 from deepatlas.objective import Atlas, Exams
-from deepatlas.places import nearest_rotation, robust_affine
+from deepatlas.places import linear_to_atlas, nearest_rotation, robust_affine
 from deepatlas.prepare import AIR_HU, grid_to_box, sample_mm
 from deepatlas.volume import Volume, apply, planes_mm
 
@@ -83,7 +83,8 @@ def register(
     to_mm = fixed.prepared.box_to_mm @ grid_to_box(fixed.prepared.size)
     here = apply(to_mm, np.moveaxis(np.indices(valid.shape), 0, -1))
     there = apply(moving.prepared.box_to_mm, np.moveaxis(phi_box[0].double().numpy(), 0, -1))
-    linear = _linear(here[valid], there[valid], kind)
+    expected = np.linalg.inv(linear_to_atlas(moving)) @ linear_to_atlas(fixed)
+    linear = _linear(here[valid], there[valid], expected, kind)
     apart = there - apply(linear, here)
     shift = _spread(apart, valid, np.linalg.norm(to_mm[:3, :3], axis=0)) if deformable else 0 * apart
     jacobian = linear[:3, :3] + _gradient(shift) @ np.linalg.inv(to_mm[:3, :3])
@@ -170,9 +171,9 @@ def describe(
     }
 
 
-def _linear(source: np.ndarray, target: np.ndarray, kind: str) -> np.ndarray:
+def _linear(source: np.ndarray, target: np.ndarray, expected: np.ndarray, kind: str) -> np.ndarray:
     """The robust affine map, or the rotation (and scale) nearest to it about the middle of the matches."""
-    matrix = robust_affine(source, target)
+    matrix = robust_affine(source, target, expected)
     if kind == "affine":
         return matrix
     middle = source.mean(axis=0)
