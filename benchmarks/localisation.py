@@ -20,6 +20,7 @@ from deepatlas.checkpoint import Model
 from deepatlas.files import Exam, read_exam, read_labels
 from deepatlas.locate import embed, locate
 from deepatlas.metrics import dice
+from deepatlas.prepare import prepare
 from deepatlas.refine import refine
 from deepatlas.volume import Volume, apply, to_ras
 
@@ -205,11 +206,13 @@ def pairs(model: Model, refined: bool = False) -> dict:
             moving, moving_labels = (slab(v, *pair["moving_slices"]) for v in (moving, moving_labels))
         began = time.monotonic()
         maps = [embed(model, exam) for exam in (fixed, moving)]
+        fine = None
         if refined:
+            fine = tuple(prepare(exam, register.PAIRWISE.size, model.region) for exam in (fixed, moving))
             maps = [refine(model, exam, one) for exam, one in zip((fixed, moving), maps, strict=True)]
         case = dict(pair)
         for kind, deformable in (("linear", False), ("deformable", True)):
-            there = register.register(*maps, deformable=deformable, refined=refined and deformable)
+            there = register.register(*maps, deformable=deformable, fine=fine)
             laid = register.moved(there, fixed, moving_labels, labels=True)
             shared = [n for n in names().values() if (laid == n).any() or (fixed_labels.array == n).any()]
             shared = [n for n in shared if (fixed_labels.array == n).any() and (moving_labels.array == n).any()]

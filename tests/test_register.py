@@ -9,7 +9,7 @@ import pytest
 from deepatlas import files
 from deepatlas.errors import ExamError
 from deepatlas.locate import Embedded
-from deepatlas.prepare import AIR_HU
+from deepatlas.prepare import AIR_HU, prepare
 from deepatlas.register import (
     KINDS,
     Registration,
@@ -292,8 +292,9 @@ def test_inverse_consistency_is_the_distance_from_home():
 def test_the_report_is_json_and_says_what_was_found(deformable):
     _, here, _, there, _ = bent_pair()
     found = register(here, there, "rigid", deformable)
-    about = json.loads(json.dumps(describe(found, here, there, "a", "b", "rigid", False)))
-    assert (about["fixed"], about["moving"], about["linear"], about["refined"]) == ("a", "b", "rigid", False)
+    back = register(there, here, "rigid", deformable)
+    about = json.loads(json.dumps(describe(found, back, here, there, ("a", "b"))))
+    assert (about["fixed"], about["moving"]) == ("a", "b")
     assert about["deformable"] is deformable
     np.testing.assert_allclose(about["matrix_ras_mm"], found.linear, atol=1e-6)
     assert about["overlap"] == pytest.approx(found.overlap, abs=1e-4)
@@ -349,7 +350,8 @@ def test_refining_brings_the_images_closer():
     wrong = exact(MODEL, fixed, body=off_by)
     inner = common(fixed, moving, unmoved)
     points = places_of(fixed.shape, fixed.affine)[inner]
-    rough, fine = (register(wrong, there, refined=refined) for refined in (False, True))
+    images = tuple(prepare(exam, 48, "exam") for exam in (fixed, moving))
+    rough, fine = (register(wrong, there, fine=one) for one in (None, images))
     apart = [np.abs(moved(found, fixed, moving) - fixed.array)[inner].mean() for found in (rough, fine)]
     error = [np.linalg.norm(found.points(points) - points, axis=1).mean() for found in (rough, fine)]
     assert error[0] == pytest.approx(np.linalg.norm(off_by(points) - points, axis=1).mean(), abs=0.5)

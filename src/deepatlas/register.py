@@ -13,19 +13,23 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from deepatlas import grid, warp
+from deepatlas import affine, warp
 from deepatlas.autoencoder import Intensities
 from deepatlas.config import Fitting, Weights
 from deepatlas.errors import ExamError
-from deepatlas.fitting import fit
+from deepatlas.fitting import carried, fit
 from deepatlas.locate import Embedded
 from deepatlas.machine import denormals_are_zero
 from deepatlas.objective import Atlas, Exams
 from deepatlas.places import linear_to_atlas, nearest_rotation, robust_affine
-from deepatlas.prepare import AIR_HU, grid_to_box, sample_mm
+from deepatlas.prepare import AIR_HU, Prepared, grid_to_box, sample_mm
+from deepatlas.shapes import Coordinates
 from deepatlas.volume import Volume, apply, planes_mm
 
 KINDS = ("rigid", "similarity", "affine")
+PAIRWISE = Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=12, atlas_steps=0)
+"""How Φ is fitted to two images."""
+
 LEAST_MATCHES = 200
 """Voxels of the fixed exam that must have a counterpart."""
 
@@ -58,14 +62,18 @@ class Registration:
 
 
 def register(
-    fixed: Embedded, moving: Embedded, kind: str = "affine", deformable: bool = True, refined: bool = False
+    fixed: Embedded,
+    moving: Embedded,
+    kind: str = "affine",
+    deformable: bool = True,
+    fine: tuple[Prepared, Prepared] | None = None,
 ) -> Registration:
     """Register two exams by their maps.
 
     Args:
         kind: of the linear map: "rigid", "similarity" or "affine".
         deformable: False stops at the linear map.
-        refined: fit the deformation to the two images as well, see `deepatlas.fitting`.
+        fine: both exams prepared for a comparison of their images; then Φ is fitted to them as well, see `fitted`.
 
     Raises:
         ExamError: the two exams have next to no anatomy in common.
@@ -78,8 +86,8 @@ def register(
             f"The two exams have next to no anatomy in common: {int(valid.sum())} of "
             f"{int(fixed.foreground.sum())} voxels have a counterpart; choose exams whose fields of view meet."
         )
-    if refined and deformable:
-        phi_box = _refined(fixed, moving, phi_box)
+    if fine is not None and deformable:
+        phi_box = fitted(fixed, moving, phi_box, valid, fine)
     to_mm = fixed.prepared.box_to_mm @ grid_to_box(fixed.prepared.size)
     here = apply(to_mm, np.moveaxis(np.indices(valid.shape), 0, -1))
     there = apply(moving.prepared.box_to_mm, np.moveaxis(phi_box[0].double().numpy(), 0, -1))
@@ -149,17 +157,14 @@ def overlap_points(fixed: Embedded, moving: Embedded) -> np.ndarray:
 
 
 def describe(
-    there: Registration, fixed: Embedded, moving: Embedded, fixed_name: str, moving_name: str, kind: str, refined: bool
+    there: Registration, back: Registration, fixed: Embedded, moving: Embedded, names: tuple[str, str]
 ) -> dict[str, Any]:
-    """The report of a registration, in types that JSON knows. The way back is computed for it."""
-    back = register(moving, fixed, kind, bool(there.shift_mm.any()), refined)
+    """The report of a registration there and back, in types that JSON knows."""
     apart = inverse_consistency_mm(there, back, overlap_points(fixed, moving))
     return {
-        "fixed": fixed_name,
-        "moving": moving_name,
-        "linear": kind,
+        "fixed": names[0],
+        "moving": names[1],
         "deformable": bool(there.shift_mm.any()),
-        "refined": refined,
         "matrix_ras_mm": np.round(there.linear, 6).tolist(),
         "overlap": round(there.overlap, 4),
         "folded": round(there.folded, 6),
@@ -196,19 +201,27 @@ def _gradient(shift: np.ndarray) -> np.ndarray:
     return np.stack(np.gradient(shift, axis=(0, 1, 2)), axis=-1)
 
 
-def _refined(fixed: Embedded, moving: Embedded, phi_box: torch.Tensor) -> torch.Tensor:
-    """Φ with a smooth residual that brings the moving image closer to the fixed one. The moving exam stands where the
-    atlas stands in training."""
+def fitted(
+    fixed: Embedded, moving: Embedded, phi_box: Coordinates, valid: np.ndarray, fine: tuple[Prepared, Prepared]
+) -> Coordinates:
+    """Φ with a smooth residual that brings the moving image closer to the fixed one; it stands where the atlas stands
+    in training.
 
-    def image(embedded: Embedded) -> torch.Tensor:
-        return torch.from_numpy(embedded.prepared.image)[None, None]
+    Args:
+        phi_box, valid: as `matches` gives them.
+        fine: both exams prepared for the comparison, finer than the maps if wanted.
 
-    def linear(embedded: Embedded) -> torch.Tensor:
-        return torch.from_numpy(embedded.prepared.box_to_mm[None, :3, :3]).float()
-
-    _, valid = matches(fixed, moving)
-    views = Exams(image(fixed), torch.from_numpy(valid)[None, None], linear(fixed))
-    how = Fitting(learned=False)
+    Source: ours, see `deepatlas.fitting`.
+    """
+    shape = (fine[0].size,) * 3
+    to_fixed = torch.from_numpy(np.linalg.inv(fixed.prepared.box_to_mm) @ fine[0].box_to_mm)[None]
+    to_moving = torch.from_numpy(np.linalg.inv(fine[1].box_to_mm) @ moving.prepared.box_to_mm)[None].float()
+    start = affine.apply(to_moving, carried(phi_box, to_fixed, shape))
+    shown = carried(torch.from_numpy(valid)[None, None].float(), to_fixed, shape) > 0.5
+    views, template = (
+        (torch.from_numpy(one.image)[None, None], torch.from_numpy(one.box_to_mm[None, :3, :3]).float()) for one in fine
+    )
     with denormals_are_zero():
-        found = fit(phi_box, views, Atlas(image(moving), linear(moving)), Intensities(), Weights(), how)
-    return phi_box + grid.resize(found.residual, tuple(phi_box.shape[2:]))
+        found = fit(start, Exams(views[0], shown, views[1]), Atlas(*template), Intensities(), Weights(), PAIRWISE)
+    moved = carried(found.residual, torch.linalg.inv(to_fixed), tuple(phi_box.shape[2:]))
+    return phi_box + torch.einsum("nab,nbijk->naijk", torch.linalg.inv(to_moving[:, :3, :3]), moved)

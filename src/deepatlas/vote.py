@@ -17,7 +17,8 @@ from deepatlas import grid, warp
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
 from deepatlas.locate import Embedded, Found, locate
-from deepatlas.prepare import prepare_labels
+from deepatlas.prepare import Prepared, prepare_labels
+from deepatlas.register import fitted
 from deepatlas.volume import Volume, apply
 
 SHARPNESS = 4.0
@@ -36,24 +37,33 @@ class Voter:
     """(structure, n, n, n): how much of each prepared voxel a structure fills."""
     drawn: Tensor
     """(structure,) bool: it was drawn on this exam; elsewhere it has no say about it."""
+    fine: Prepared | None = None
+    """The exam prepared for a comparison of images; then its Φ is fitted to them."""
 
 
-def voter(embedded: Embedded, labels: Volume, names: Mapping[str, int]) -> Voter:
+def voter(embedded: Embedded, labels: Volume, names: Mapping[str, int], fine: Prepared | None = None) -> Voter:
     """A labelled exam that can vote about structures."""
     shares = torch.from_numpy(prepare_labels(labels, embedded.prepared, list(names.values())))
-    return Voter(embedded, shares, shares.flatten(1).amax(dim=1) > 0)
+    return Voter(embedded, shares, shares.flatten(1).amax(dim=1) > 0, fine)
 
 
-def vote(model: Model, embedded: Embedded, voters: list[Voter]) -> Tensor:
-    """The share of the votes for each structure, (structure, n, n, n) on the exam's prepared grid, 0 … 1."""
+def vote(model: Model, embedded: Embedded, voters: list[Voter], fine: Prepared | None = None) -> Tensor:
+    """The share of the votes for each structure, (structure, n, n, n) on the exam's prepared grid, 0 … 1.
+
+    Args:
+        fine: the exam prepared for a comparison of images, where voters are as well.
+    """
     image = torch.from_numpy(embedded.prepared.image)[None, None]
     features = model.autoencoder.features(image)[0]
     total = torch.zeros_like(voters[0].shares)
     weight = torch.full_like(total, 1e-6)
     for one in voters:
         found = warp.implicit(one.embedded.c_atlas, embedded.c_atlas, one.embedded.foreground, embedded.foreground)
+        phi_box = found.phi_box
+        if fine is not None and one.fine is not None:
+            phi_box = fitted(embedded, one.embedded, phi_box, found.valid[0, 0].numpy(), (fine, one.fine))
         other = torch.from_numpy(one.embedded.prepared.image)[None, None]
-        laid = grid.sample(torch.cat([other, one.shares[None]], dim=1), found.phi_box)
+        laid = grid.sample(torch.cat([other, one.shares[None]], dim=1), phi_box)
         alike = _local_correlation(model.autoencoder.features(laid[:, :1])[0], features) ** SHARPNESS
         say = (alike * found.valid)[0] * one.drawn.view(-1, 1, 1, 1)
         total += say * laid[0, 1:]
@@ -62,7 +72,12 @@ def vote(model: Model, embedded: Embedded, voters: list[Voter]) -> Tensor:
 
 
 def locate_by_vote(
-    model: Model, exam: Volume, embedded: Embedded, voters: list[Voter], names: Mapping[str, int]
+    model: Model,
+    exam: Volume,
+    embedded: Embedded,
+    voters: list[Voter],
+    names: Mapping[str, int],
+    fine: Prepared | None = None,
 ) -> dict[str, Found]:
     """Structures of the library, whether they are there as `deepatlas.locate.locate` says, where they are by vote.
 
@@ -71,7 +86,7 @@ def locate_by_vote(
     """
     library = locate(model, exam, names, embedded)
     there = [name for name, one in library.items() if one.status != "absent"]
-    owner = masks(vote(model, embedded, voters), embedded, exam)
+    owner = masks(vote(model, embedded, voters, fine), embedded, exam)
     voted = {}
     for number, (name, one) in enumerate(library.items()):
         index = np.argwhere(owner == number) if name in there else np.zeros((0, 3), dtype=int)

@@ -82,7 +82,7 @@ def vote(
     exclude: Annotated[
         Path | None, typer.Option(help='JSON of label faults to leave out: {"larynx": ["pt_206"]}.')
     ] = None,
-    refined: RefineOption = False,
+    refined: Annotated[bool, typer.Option("--refine", help="Fit each example to each exam, seconds a pair.")] = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -92,24 +92,30 @@ def vote(
     """
     from deepatlas import checkpoint, files, library, outputs
     from deepatlas import vote as voting
+    from deepatlas.prepare import Prepared, prepare
+    from deepatlas.register import PAIRWISE
 
     paths = files.find_exams(inputs)
     loaded = load(checkpoint.find(model), device)
     table = {name: number for name, number in table_of_names(names, structures).items() if loaded.structure(name)}
     faults = read_json(exclude, dict) if exclude else None
     outputs.claim((p for path in paths for p in outputs.answer_paths(output, files.exam_name(path))), overwrite)
+
+    def fine(exam: files.Exam) -> Prepared | None:
+        return prepare(exam, PAIRWISE.size, loaded.region) if refined else None
+
     voters = []
     with counting("Reading") as count:
         pairs = library.pair(examples, labels)
         for done, (exam_path, label_path) in enumerate(pairs, start=1):
             exam = files.read_exam(exam_path)
             drawn = library.without_faults(files.read_labels(label_path, like=exam), exam.name, table, faults)
-            voters.append(voting.voter(mapped(loaded, exam, refined)[0], drawn, table))
+            voters.append(voting.voter(mapped(loaded, exam)[0], drawn, table, fine(exam)))
             count(done, len(pairs), exam.name)
 
     def work(path: Path) -> None:
         exam = files.read_exam(path)
-        found = voting.locate_by_vote(loaded, exam, mapped(loaded, exam, refined)[0], voters, table)
+        found = voting.locate_by_vote(loaded, exam, mapped(loaded, exam)[0], voters, table, fine(exam))
         outputs.write_answer(output, exam, found, loaded)
 
     with counting("Locating") as count:

@@ -278,6 +278,7 @@ def register(
     linear.tfm (ITK) and report.json."""
     from deepatlas import checkpoint, files, outputs
     from deepatlas import register as registering
+    from deepatlas.prepare import prepare
 
     choice("--kind", kind, registering.KINDS)
     names = ["moved.nii.gz", "linear.tfm", "report.json", *([] if linear else ["displacement.nii.gz"])]
@@ -286,14 +287,16 @@ def register(
     still, laid = files.read_exam(fixed), files.read_exam(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
     maps = [mapped(loaded, exam, refined)[0] for exam in (still, laid)]
-    there = registering.register(*maps, kind, not linear, refined)
+    fine = tuple(prepare(exam, registering.PAIRWISE.size, loaded.region) for exam in (still, laid)) if refined else None
+    there = registering.register(*maps, kind, not linear, fine)
+    back = registering.register(*maps[::-1], kind, not linear, fine and fine[::-1])
     files.write_image(output / "moved.nii.gz", registering.moved(there, still, laid), still)
     if drawn is not None:
         files.write_labels(output / "moved_seg.nii.gz", registering.moved(there, still, drawn, labels=True), still)
     if not linear:
         files.write_vectors(output / "displacement.nii.gz", registering.displacement(there, still), still)
     checkpoint.write_text(output / "linear.tfm", registering.itk_transform(there.linear))
-    about = registering.describe(there, *maps, still.name, laid.name, kind, refined)
+    about = registering.describe(there, back, *maps, (still.name, laid.name)) | {"linear": kind, "refined": refined}
     checkpoint.write_text(output / "report.json", json.dumps(about, indent=1))
     typer.echo(
         f"{output}: {about['overlap']:.0%} of {still.name} has a counterpart in {laid.name}; "
