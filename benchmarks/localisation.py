@@ -17,6 +17,7 @@ import torch
 import deepatlas
 from deepatlas import orientation, register
 from deepatlas.checkpoint import Model
+from deepatlas.config import FINE
 from deepatlas.files import Exam, read_exam, read_labels
 from deepatlas.locate import embed, locate
 from deepatlas.metrics import dice
@@ -208,7 +209,7 @@ def pairs(model: Model, refined: bool = False) -> dict:
         maps = [embed(model, exam) for exam in (fixed, moving)]
         fine = None
         if refined:
-            fine = tuple(prepare(exam, register.PAIRWISE.size, model.region) for exam in (fixed, moving))
+            fine = tuple(prepare(exam, FINE.size, model.region) for exam in (fixed, moving))
             maps = [refine(model, exam, one) for exam, one in zip((fixed, moving), maps, strict=True)]
         case = dict(pair)
         for kind, deformable in (("linear", False), ("deformable", True)):

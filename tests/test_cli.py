@@ -210,6 +210,8 @@ def test_the_json_of_an_exam_is_the_contract(call, taught, work):
         assert (high > places.max(axis=0)).all()
         assert 0.95 <= one["coverage"] <= 1
         assert 0 <= one["confidence"] <= 1
+    unsure = [name for name, one in answer["structures"].items() if one["confidence"] < 0.6]
+    assert answer["low_confidence"] == unsure
 
 
 def test_an_absent_structure_has_nulls(call, taught, work):

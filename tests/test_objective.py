@@ -238,12 +238,6 @@ def test_only_voxels_at_a_cut_count_as_cut_off():
     assert not lost[body & below & (where[:, 2:] < 0.2 - 2 * step)].any()
 
 
-def test_a_surface_that_is_not_in_its_place_yet_is_no_cut():
-    where = grid.identity((24,) * 3)
-    small, large = (where.norm(dim=1, keepdim=True) < radius for radius in (0.6, 0.7))
-    assert not cut_off(where, small, large.float()).any()
-
-
 def test_what_is_not_compared_has_no_part_in_the_likeness(autoencoder):
     maps, exams, atlas = alike(1)
     upper = grid.identity((SIZE,) * 3)[:, 2:] > 0

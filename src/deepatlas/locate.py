@@ -31,6 +31,9 @@ PRESENT = 0.95
 ABSENT = 0.05
 """Coverage below which a structure counts as not in the scan."""
 
+LOW_CONFIDENCE = 0.6
+"""An answer below this is flagged (`docs/recipes.md` has confidence against Dice)."""
+
 COVERAGE_POINTS = 3000
 """At most so many nodes of a structure are looked for."""
 
@@ -72,6 +75,11 @@ class Found:
     was looked for together. None where absent."""
     number: int
     """This structure's number in it."""
+
+    @property
+    def unsure(self) -> bool:
+        """It was found, but there the exam looks little like the atlas."""
+        return self.confidence is not None and self.confidence < LOW_CONFIDENCE
 
     def without_mask(self) -> "Found":
         """The same without its array: of many exams, what can be kept in memory."""

@@ -100,23 +100,17 @@ def explicit_terms(
 
 
 def cut_off(c_atlas: Coordinates, foreground: Mask, atlas: Image) -> Mask:
-    """Voxels at the edge of the view: the atlas goes on beyond them and the exam shows nothing. Such an edge is not the
-    body's surface and must not be matched as if it were anatomy.
-
-    What the atlas shows within `DEPTH` voxels of the patient may be a surface that the map has not brought to its place
-    yet, and is no sign of a cut.
+    """Voxels next to a place where the atlas shows the body and the exam shows nothing: the view ends there, not the
+    body, and its edge must not be matched as if it were anatomy.
 
     Source: ours; the paper's exams are whole.
     """
-    seen = F.max_pool3d(foreground.to(c_atlas.dtype), 2 * DEPTH + 1, 1, DEPTH) > 0
-    lacking = (grid.sample(atlas, c_atlas) > BODY) & ~seen
-    return F.max_pool3d(lacking.to(c_atlas.dtype), 2 * DEPTH + 3, 1, DEPTH + 1) > 0
+    lacking = (grid.sample(atlas, c_atlas) > BODY) & ~foreground
+    return F.max_pool3d(lacking.to(c_atlas.dtype), 3, 1, 1) > 0
 
 
 BODY = 0.15
 """Value of the atlas, 0 ... 1, from which a place counts as body."""
-
-DEPTH = 2
 
 
 class ImplicitTerms(NamedTuple):

@@ -32,6 +32,7 @@ def describe(exam: Exam, found: dict[str, Found], model: Model) -> dict[str, Any
         "model": model.name,
         "version": checkpoint.VERSION,
         "structures": {name: _entry(one) for name, one in found.items()},
+        "low_confidence": [name for name, one in found.items() if one.unsure],
     }
     return answer | ({"repairs": list(exam.repairs)} if exam.repairs else {})
 

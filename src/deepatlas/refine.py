@@ -8,7 +8,7 @@ import torch
 
 from deepatlas import grid
 from deepatlas.checkpoint import Model
-from deepatlas.config import Fitting, Weights
+from deepatlas.config import FINE, Fitting, Weights
 from deepatlas.fitting import carried, fit
 from deepatlas.locate import Embedded
 from deepatlas.machine import denormals_are_zero
@@ -28,7 +28,7 @@ def refine(
 
     Source: ours, on the explicit objective of §5.1.2 (eq. 3).
     """
-    how = how or Fitting()
+    how = how or FINE
     shape = (how.size,) * 3
     coarse = embedded.prepared
     fine = prepare(exam, how.size, model.region) if how.size > coarse.size else coarse

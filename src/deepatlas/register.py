@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from deepatlas import affine, warp
 from deepatlas.autoencoder import Intensities
-from deepatlas.config import Fitting, Weights
+from deepatlas.config import FINE, Weights
 from deepatlas.errors import ExamError
 from deepatlas.fitting import carried, fit
 from deepatlas.locate import Embedded
@@ -27,9 +27,6 @@ from deepatlas.shapes import Coordinates
 from deepatlas.volume import Volume, apply, planes_mm
 
 KINDS = ("rigid", "similarity", "affine")
-PAIRWISE = Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=12, atlas_steps=0)
-"""How Φ is fitted to two images."""
-
 LEAST_MATCHES = 200
 """Voxels of the fixed exam that must have a counterpart."""
 
@@ -222,6 +219,6 @@ def fitted(
         (torch.from_numpy(one.image)[None, None], torch.from_numpy(one.box_to_mm[None, :3, :3]).float()) for one in fine
     )
     with denormals_are_zero():
-        found = fit(start, Exams(views[0], shown, views[1]), Atlas(*template), Intensities(), Weights(), PAIRWISE)
+        found = fit(start, Exams(views[0], shown, views[1]), Atlas(*template), Intensities(), Weights(), FINE)
     moved = carried(found.residual, torch.linalg.inv(to_fixed), tuple(phi_box.shape[2:]))
     return phi_box + torch.einsum("nab,nbijk->naijk", torch.linalg.inv(to_moving[:, :3, :3]), moved)

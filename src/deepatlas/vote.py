@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from deepatlas import grid, warp
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
 from deepatlas.locate import Embedded, Found, locate
-from deepatlas.prepare import Prepared, prepare_labels
+from deepatlas.prepare import Prepared, sample_mm
 from deepatlas.register import fitted
 from deepatlas.volume import Volume, apply
 
@@ -33,42 +34,59 @@ class Voter:
     """A labelled exam, ready to vote."""
 
     embedded: Embedded
-    shares: Tensor
-    """(structure, n, n, n): how much of each prepared voxel a structure fills."""
-    drawn: Tensor
-    """(structure,) bool: it was drawn on this exam; elsewhere it has no say about it."""
+    labels: Volume
     fine: Prepared | None = None
     """The exam prepared for a comparison of images; then its Φ is fitted to them."""
 
 
-def voter(embedded: Embedded, labels: Volume, names: Mapping[str, int], fine: Prepared | None = None) -> Voter:
-    """A labelled exam that can vote about structures."""
-    shares = torch.from_numpy(prepare_labels(labels, embedded.prepared, list(names.values())))
-    return Voter(embedded, shares, shares.flatten(1).amax(dim=1) > 0, fine)
+def vote(
+    model: Model,
+    exam: Volume,
+    embedded: Embedded,
+    voters: list[Voter],
+    numbers: list[int],
+    fine: Prepared | None = None,
+) -> np.ndarray:
+    """The structure with most votes at every voxel of the exam's own grid, counted from 0; −1 below `LEVEL`.
 
-
-def vote(model: Model, embedded: Embedded, voters: list[Voter], fine: Prepared | None = None) -> Tensor:
-    """The share of the votes for each structure, (structure, n, n, n) on the exam's prepared grid, 0 … 1.
+    A voter has no say about a structure that was not drawn on it.
 
     Args:
+        numbers: of the structures, in the voters' label maps.
         fine: the exam prepared for a comparison of images, where voters are as well.
     """
-    image = torch.from_numpy(embedded.prepared.image)[None, None]
-    features = model.autoencoder.features(image)[0]
-    total = torch.zeros_like(voters[0].shares)
-    weight = torch.full_like(total, 1e-6)
-    for one in voters:
-        found = warp.implicit(one.embedded.c_atlas, embedded.c_atlas, one.embedded.foreground, embedded.foreground)
-        phi_box = found.phi_box
-        if fine is not None and one.fine is not None:
-            phi_box = fitted(embedded, one.embedded, phi_box, found.valid[0, 0].numpy(), (fine, one.fine))
-        other = torch.from_numpy(one.embedded.prepared.image)[None, None]
-        laid = grid.sample(torch.cat([other, one.shares[None]], dim=1), phi_box)
-        alike = _local_correlation(model.autoencoder.features(laid[:, :1])[0], features) ** SHARPNESS
-        say = (alike * found.valid)[0] * one.drawn.view(-1, 1, 1, 1)
-        total += say * laid[0, 1:]
-        weight += say
-    return total / weight
+    fields = [_laid(model, embedded, one, fine) for one in voters]
+    drawn = [[bool((one.labels.array == number).any()) for number in numbers] for one in voters]
+    owner = np.full(exam.shape, -1, dtype=np.int16)
+    for block, box in blocks(embedded, exam):
+        votes = np.zeros((len(numbers), *box.shape[2:]), dtype=np.float32)
+        voices = np.full_like(votes, 1e-6)
+        for one, field, has in zip(voters, fields, drawn, strict=True):
+            there = grid.sample(field, box)[0].numpy() * grid.inside(box)[0].numpy()
+            say = there[3]
+            places_mm = apply(one.embedded.prepared.box_to_mm, np.moveaxis(there[:3], 0, -1))
+            found = sample_mm(one.labels, places_mm, order="nearest", outside=0)
+            for row in np.flatnonzero(has):
+                votes[row] += say * (found == numbers[row])
+                voices[row] += say
+        share = votes / voices
+        owner[block] = np.where(share.max(axis=0) > LEVEL, share.argmax(axis=0), -1)
+    return owner
+
+
+LEVEL = 0.5
+
+
+def _laid(model: Model, embedded: Embedded, one: Voter, fine: Prepared | None) -> Float[Tensor, "1 4 i j k"]:
+    """Φ from the exam to a voter's box, and the weight of its word there: local similarity, 0 where Φ was not found."""
+    found = warp.implicit(one.embedded.c_atlas, embedded.c_atlas, one.embedded.foreground, embedded.foreground)
+    phi_box = found.phi_box
+    if fine is not None and one.fine is not None:
+        phi_box = fitted(embedded, one.embedded, phi_box, found.valid[0, 0].numpy(), (fine, one.fine))
+    images = (torch.from_numpy(side.prepared.image)[None, None] for side in (embedded, one.embedded))
+    own, other = next(images), grid.sample(next(images), phi_box)
+    features = [model.autoencoder.features(image)[0] for image in (other, own)]
+    return torch.cat([phi_box, _local_correlation(*features) ** SHARPNESS * found.valid], dim=1)
 
 
 def locate_by_vote(
@@ -79,17 +97,15 @@ def locate_by_vote(
     names: Mapping[str, int],
     fine: Prepared | None = None,
 ) -> dict[str, Found]:
-    """Structures of the library, whether they are there as `deepatlas.locate.locate` says, where they are by vote.
+    """Structures of the library: whether they are there as `deepatlas.locate.locate` says, where they are by vote.
 
     Args:
-        names: structure → number in the voters' label maps, in their order.
+        names: structure → number in the voters' label maps.
     """
-    library = locate(model, exam, names, embedded)
-    there = [name for name, one in library.items() if one.status != "absent"]
-    owner = masks(vote(model, embedded, voters, fine), embedded, exam)
+    owner = vote(model, exam, embedded, voters, list(names.values()), fine)
     voted = {}
-    for number, (name, one) in enumerate(library.items()):
-        index = np.argwhere(owner == number) if name in there else np.zeros((0, 3), dtype=int)
+    for number, (name, one) in enumerate(locate(model, exam, names, embedded).items()):
+        index = np.argwhere(owner == number) if one.status != "absent" else np.zeros((0, 3), dtype=int)
         if not len(index):
             voted[name] = replace(one, status="absent", confidence=None, owner=None, **NOWHERE)
             continue
@@ -115,12 +131,3 @@ def _local_correlation(a: Tensor, b: Tensor) -> Tensor:
     variance = (aa - mean_a**2).clamp_min(0) * (bb - mean_b**2).clamp_min(0)
     r = (ab - mean_a * mean_b).sum(dim=1, keepdim=True) / (variance.sqrt().sum(dim=1, keepdim=True) + 1e-6)
     return r.clamp(0, 1)
-
-
-def masks(shares: Tensor, embedded: Embedded, exam: Volume, level: float = 0.5) -> np.ndarray:
-    """The structure with the largest share at every voxel of the exam's own grid, counted from 0; −1 below `level`."""
-    owner = np.full(exam.shape, -1, dtype=np.int16)
-    for block, box in blocks(embedded, exam):
-        value, which = (grid.sample(shares[None], box) * grid.inside(box))[0].max(dim=0)
-        owner[block] = torch.where(value > level, which, -1).numpy()
-    return owner

@@ -92,8 +92,8 @@ def vote(
     """
     from deepatlas import checkpoint, files, library, outputs
     from deepatlas import vote as voting
+    from deepatlas.config import FINE
     from deepatlas.prepare import Prepared, prepare
-    from deepatlas.register import PAIRWISE
 
     paths = files.find_exams(inputs)
     loaded = load(checkpoint.find(model), device)
@@ -102,7 +102,7 @@ def vote(
     outputs.claim((p for path in paths for p in outputs.answer_paths(output, files.exam_name(path))), overwrite)
 
     def fine(exam: files.Exam) -> Prepared | None:
-        return prepare(exam, PAIRWISE.size, loaded.region) if refined else None
+        return prepare(exam, FINE.size, loaded.region) if refined else None
 
     voters = []
     with counting("Reading") as count:
@@ -110,7 +110,7 @@ def vote(
         for done, (exam_path, label_path) in enumerate(pairs, start=1):
             exam = files.read_exam(exam_path)
             drawn = library.without_faults(files.read_labels(label_path, like=exam), exam.name, table, faults)
-            voters.append(voting.voter(mapped(loaded, exam)[0], drawn, table, fine(exam)))
+            voters.append(voting.Voter(mapped(loaded, exam)[0], drawn, fine(exam)))
             count(done, len(pairs), exam.name)
 
     def work(path: Path) -> None:

@@ -278,6 +278,7 @@ def register(
     linear.tfm (ITK) and report.json."""
     from deepatlas import checkpoint, files, outputs
     from deepatlas import register as registering
+    from deepatlas.config import FINE
     from deepatlas.prepare import prepare
 
     choice("--kind", kind, registering.KINDS)
@@ -287,7 +288,7 @@ def register(
     still, laid = files.read_exam(fixed), files.read_exam(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
     maps = [mapped(loaded, exam, refined)[0] for exam in (still, laid)]
-    fine = tuple(prepare(exam, registering.PAIRWISE.size, loaded.region) for exam in (still, laid)) if refined else None
+    fine = tuple(prepare(exam, FINE.size, loaded.region) for exam in (still, laid)) if refined else None
     there = registering.register(*maps, kind, not linear, fine)
     back = registering.register(*maps[::-1], kind, not linear, fine and fine[::-1])
     files.write_image(output / "moved.nii.gz", registering.moved(there, still, laid), still)
