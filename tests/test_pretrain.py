@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepatlas import checkpoint, files, store
+from deepatlas import checkpoint, files, loop, store
 from deepatlas import pretrain as recipe
 from deepatlas.atlas import Structure
 from deepatlas.config import (
@@ -125,7 +125,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("stop", [("autoencoder", 2), ("level 16³", 2), ("fitting 1", 2), ("consolidation 1", 3)])
 def test_a_stopped_training_resumes_to_the_bit(stop, cohort, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "LOG_EVERY", 1)
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
 
     def interrupt(progress):
         if (progress.stage, progress.step) == stop:  # before this step is saved: it is done again

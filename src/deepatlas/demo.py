@@ -17,9 +17,10 @@ from deepatlas import checkpoint, dense, evaluate, files, grid, outputs, phantom
 from deepatlas.checkpoint import Model
 from deepatlas.config import PRESETS, Fitting, Preset
 from deepatlas.locate import Embedded, Found, define, embed, locate
+from deepatlas.loop import Progress
 from deepatlas.phantom import STRUCTURES, PhantomExam
 from deepatlas.prepare import sample_mm
-from deepatlas.pretrain import Progress, pretrain
+from deepatlas.pretrain import pretrain
 from deepatlas.refine import refine
 from deepatlas.volume import Volume, apply
 

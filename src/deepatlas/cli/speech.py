@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from deepatlas.pretrain import Progress
+    from deepatlas.loop import Progress
 
 SOME_FAILED = 3
 

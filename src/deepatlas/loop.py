@@ -1,0 +1,99 @@
+"""What a training tells while it runs: progress with the time that is left, and a log of every term. Knows no model."""
+
+import csv
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LOG = logging.getLogger(__name__)
+LOG_EVERY = 20
+CONVERGED_ALARM = 0.6
+
+
+class Progress(NamedTuple):
+    """Where a training stands."""
+
+    stage: str
+    step: int
+    steps: int
+    done: int
+    """Steps of all stages done so far."""
+    total: int
+    terms: dict[str, float]
+    """Means since the last report: every loss term, folded and converged share, seconds of each part of a step."""
+    seconds_left: float
+
+
+class Reporter:
+    """Collects the terms of the steps, writes them to the log and tells the caller."""
+
+    def __init__(
+        self,
+        stages: list[tuple[str, int, Any]],
+        first: tuple[int, int],
+        on_progress: Callable[[Progress], None] | None,
+        write_row: Callable[[dict], None],
+    ) -> None:
+        """Stages are (name, steps, ...); ``first`` is the stage and the step that the run begins with."""
+        self.before = [sum(s[1] for s in stages[:n]) for n in range(len(stages) + 1)]
+        self.costs = [next(cost for kind, cost in COSTS.items() if name.startswith(kind)) for name, _, _ in stages]
+        self.steps = [s[1] for s in stages]
+        self.on_progress, self.write_row = on_progress, write_row
+        self.sums: list[dict[str, float]] = []
+        self.began, self.start = time.monotonic(), self._cost(*first)
+
+    def _cost(self, number: int, step: int) -> float:
+        """What has been spent when a stage has come to a step, in steps of the autoencoder."""
+        before = sum(cost * steps for cost, steps in zip(self.costs[:number], self.steps[:number], strict=True))
+        return before + (self.costs[number] * step if step else 0.0)
+
+    def step(self, number: int, step: int, name: str, steps: int, terms: dict[str, float]) -> None:
+        """A step is done."""
+        self.sums.append(terms)
+        every = 1 if name.startswith("fitting") else LOG_EVERY  # a fitting step is many steps on a batch of exams
+        if (step + 1) % every and step + 1 != steps:
+            return
+        means = {key: float(np.mean([t[key] for t in self.sums])) for key in self.sums[0]}
+        self.sums = []
+        done, total = self.before[number] + step + 1, self.before[-1]
+        spent = time.monotonic() - self.began
+        worked = self._cost(number, step + 1)
+        left = spent / max(worked - self.start, 1e-6) * (self._cost(len(self.steps), 0) - worked)
+        self.write_row({"stage": name, "step": step + 1, "seconds": round(spent, 1)} | means)
+        if means.get("converged", 1.0) < CONVERGED_ALARM:
+            LOG.warning(
+                "%s step %d: the implicit warp converged at %.0f %% only", name, step + 1, 100 * means["converged"]
+            )
+        if self.on_progress:
+            self.on_progress(Progress(name, step + 1, steps, done, total, means, left))
+
+
+COSTS = {"autoencoder": 1.0, "warm start": 0.5, "level": 1.5, "fitting": 40.0, "consolidation": 1.0}
+"""Rough cost of a step of each kind of stage, to tell the time that is left."""
+
+LOG_COLUMNS = (
+    *("stage", "step", "seconds", "loss", "rms_mm", "explicit", "implicit", "edges", "smooth_explicit"),
+    *("smooth_implicit", "unsolved", "folded", "converged", "gradient"),
+    *("s_augment", "s_network", "s_objective", "s_backward"),
+)
+
+
+@contextmanager
+def csv_log(path: Path, append: bool) -> Iterator[Callable[[dict], None]]:
+    """A function that adds a row to the log."""
+    append = append and path.exists()
+    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
+        if not append:
+            writer.writeheader()
+
+        def write(row: dict) -> None:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+            file.flush()
+
+        yield write
