@@ -214,13 +214,14 @@ CPU = Preset(
         ConsolidationStage(FINE, steps=1600),
         ConsolidationStage(FINE, steps=2000, whole=0.4, borrow=0.7),
         ConsolidationStage(FINE, steps=2400, borrow=0.5),
+        ConsolidationStage(FINE, steps=2000, borrow=0.5),
     ),
     batch=8,
     atlas_size=128,
     decay=0.94,
     augmentation=Augmentation(scale=0.2, rotation=0.3, translation=0.15),
 )
-"""For two CPU cores and some four hours."""
+"""For two CPU cores and under five hours."""
 
 DEMO = Preset(
     name="demo",
