@@ -139,10 +139,16 @@ def dice(a, b):
     return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
 
 
+COMMANDS = (
+    *("prepare", "pretrain", "define", "structures", "locate", "propose", "vote", "embed", "atlas", "evaluate"),
+    *("points", "boxes", "roi", "crop", "uncrop", "coverage", "register", "models", "info", "phantoms", "demo"),
+)
+
+
 def test_help_and_version(call):
     code, out, _ = call("--help")
     assert code == 0
-    for command in ("prepare", "pretrain", "define", "locate", "embed", "atlas", "evaluate", "models", "info", "demo"):
+    for command in COMMANDS:
         assert command in out
     assert call("--version")[:2] == (0, f"deepatlas {deepatlas.__version__}\n")
 
@@ -151,7 +157,7 @@ def test_help_of_every_command_loads_nothing_heavy():
     code = (
         "import sys\n"
         "from deepatlas.cli import main\n"
-        "words = 'prepare pretrain define structures locate embed atlas evaluate models info phantoms demo'\n"
+        f"words = '{' '.join(COMMANDS)}'\n"
         "for word in words.split():\n"
         "    try:\n        main([word, '--help'])\n"
         "    except SystemExit as end:\n        assert not end.code, word\n"
@@ -490,6 +496,20 @@ def test_pretrain_writes_a_model_and_can_be_resumed(call, work, monkeypatch):
     refused(call(*arguments, "--seed-exam", "two"), "--resume")
     assert call(*arguments, "--seed-exam", "two", "--resume")[0] == 0
     assert logging.getLogger("deepatlas").handlers == []
+
+
+def test_the_demo_says_what_it_does_and_found(call, work, monkeypatch):
+    def run(out, on_stage, on_progress):
+        on_stage(f"working in {out.name}")
+        return {}
+
+    monkeypatch.setattr("deepatlas.demo.run", run)
+    monkeypatch.setattr("deepatlas.demo.summary", lambda results: ["all was found"])
+    code, said, err = call("demo", "-o", work / "demo")
+    assert code == 0
+    assert "all was found" in said
+    assert "report.html" in said
+    assert "working in demo" in err
 
 
 def test_the_demo_keeps_what_is_there(call, work):

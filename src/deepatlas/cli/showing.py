@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deepatlas.cli.options import OutOption, OverwriteOption
-from deepatlas.cli.speech import training
+from deepatlas.cli.speech import say, training
 
 
 def phantoms(
@@ -33,7 +33,7 @@ def demo(
 
     outputs.claim([output / part for part in show.PARTS], overwrite)
     with training() as report:
-        shown = show.run(output, on_stage=_say, on_progress=report)
+        shown = show.run(output, on_stage=say, on_progress=report)
     for line in show.summary(shown):
         typer.echo(line)
     typer.echo(f"Report: {output / 'report.html'}")
