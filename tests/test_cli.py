@@ -197,7 +197,7 @@ def test_the_json_of_an_exam_is_the_contract(call, taught, work):
     assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
     text = (work / "out" / "one.json").read_text()
     answer = json.loads(text)
-    assert answer.keys() == {"exam", "frame", "unit", "structures", "model", "version"}
+    assert answer.keys() == {"exam", "frame", "unit", "structures", "low_confidence", "model", "version"}
     assert (answer["exam"], answer["frame"], answer["unit"]) == ("one", "RAS", "mm")
     assert "DOE" not in text
     assert str(work) not in text
