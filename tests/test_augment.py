@@ -211,3 +211,11 @@ def test_drawn_ends_lie_in_order_and_most_exams_keep_theirs():
     assert (ends <= 1).all()
     assert fills(length[length < 1], 0.35, 1.0)
     assert abs(float((length < 1).float().mean()) - 0.4) < 0.05
+
+
+def test_a_part_of_the_length_in_which_nothing_shows_is_not_asked_for():
+    where = grid.identity((21,) * 3)
+    own = (where[:, 2:].abs() > 0.6) & (where[:, :1].abs() < 0.5)
+    kept = augment.borrow_view(own, where, lent_below(2.0), torch.zeros(1), torch.tensor([[0.3, 0.7]]))
+    assert kept.seen.all()
+    assert torch.isfinite(kept.centre).all()

@@ -21,12 +21,12 @@ import deepatlas
 from deepatlas import checkpoint, files, grid, outputs
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
-from deepatlas.cli import main
 from deepatlas.config import PRESETS, AutoencoderStage, LevelStage, NetworkConfig, WarmStage
 from deepatlas.errors import ExamError
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import prepare
 from deepatlas.volume import apply
+from refusing import refused
 
 SHAPE = (34, 26, 22)
 TURN = np.array([[np.cos(0.15), -np.sin(0.15), 0], [np.sin(0.15), np.cos(0.15), 0], [0, 0, 1]])
@@ -107,31 +107,6 @@ def work(tmp_path):
     save(tmp_path / "labels" / "one.nii.gz", labels)
     (tmp_path / "labels.json").write_text(json.dumps(NAMES))
     return tmp_path
-
-
-@pytest.fixture
-def call(capsys):
-    """Run the command line: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return end.value.code or 0, said.out, said.err
-
-    return run
-
-
-def refused(result, *words):
-    """The line of a refusal, after checks that it is one line and holds some words."""
-    code, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 1
-    assert len(lines) == 1
-    assert "Traceback" not in err
-    for word in words:
-        assert word in lines[0]
-    return lines[0]
 
 
 def dice(a, b):
@@ -375,6 +350,13 @@ def test_a_vote_about_a_structure_the_library_does_not_know_is_refused(call, tra
     code, _, err = call("vote", "-m", trained, "-i", work / "images", *common, "-o", work / "out")
     assert code == 1
     assert "organ" in err
+
+
+def test_a_single_exam_that_cannot_be_read_is_not_voted_upon(call, taught, work):
+    broken = work / "broken.nii.gz"
+    broken.write_bytes(b"no exam")
+    common = ("-e", work / "images", "-l", work / "labels", "--names", work / "labels.json")
+    refused(call("vote", "-m", taught, "-i", broken, *common, "-o", work / "out"), "broken.nii.gz")
 
 
 def test_copies_and_orientation_leave_a_good_exam_where_it_is(call, taught, work):

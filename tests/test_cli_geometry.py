@@ -28,6 +28,7 @@ from deepatlas.locate import Embedded
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import prepare
 from deepatlas.volume import apply
+from refusing import refused
 
 SIZE = 24
 NAMES = {"organ": 7, "gland": 300}
@@ -190,29 +191,6 @@ def some(images, tmp_path):
         return tmp_path / "some"
 
     return folder
-
-
-@pytest.fixture
-def call(capsys):
-    """Run the command line: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return end.value.code or 0, said.out, said.err
-
-    return run
-
-
-def refused(result, *words):
-    """A refusal is one line that holds some words."""
-    code, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, len(lines)) == (1, 1), err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in lines[0]
 
 
 def told(path, about):

@@ -141,9 +141,11 @@ def borrow_view(
         shown = (seen[number] & own[number])[0].nonzero()
         first, last = int(shown[:, 2].min()), int(shown[:, 2].max())
         kept = [first + round(end * (last - first)) for end in (low, high)]
-        seen[number, :, :, :, : kept[0]] = False
-        seen[number, :, :, :, kept[1] + 1 :] = False
-        shown = (seen[number] & own[number])[0].nonzero()
+        within = shown[(shown[:, 2] >= kept[0]) & (shown[:, 2] <= kept[1])]
+        if len(within):  # else that part of the length is a gap in what shows, and all of it is kept
+            seen[number, :, :, :, : kept[0]] = False
+            seen[number, :, :, :, kept[1] + 1 :] = False
+            shown = within
         middles.append((shown.amin(dim=0) + shown.amax(dim=0)) / size - 1.0)
     return Borrowed(seen.to(c_atlas), torch.stack(middles).to(c_atlas))
 
@@ -157,6 +159,7 @@ def draw_ends(batch: int, generator: Generator, probability: float = 0.4, least:
 
 
 LEAST_SEEN = 0.1
+"""Share of an exam that a borrowed view has to leave."""
 
 
 def draw_bend(batch: int, generator: Generator, amplitude: float = 0.06, nodes: int = 5) -> Coordinates:

@@ -8,7 +8,7 @@ Source: §2.2 (a forward pass labels every voxel), §3.2.1 (propagation by linea
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -326,19 +326,27 @@ def _found(structure: Structure, coverage: float, place, exam: Volume, alike: "L
     if place is None:
         return Found(structure.name, structure.label, "absent", coverage, None, None, None, None, None, -1)
     owner, number, count, span = place
-    half = np.abs(exam.affine[:3, :3]).sum(axis=1) / 2
     return Found(
         name=structure.name,
         label=structure.label,
         status="present" if coverage >= PRESENT else "cut_off",
         coverage=coverage,
         confidence=_confidence(structure, alike),
-        volume_ml=float(count * abs(np.linalg.det(exam.affine[:3, :3])) / 1000),
-        centroid_mm=tuple((span[:, 0] / count).tolist()),
-        box_mm=(tuple((span[:, 1] - half).tolist()), tuple((span[:, 2] + half).tolist())),
         owner=owner,
         number=number,
+        **extent(count, span, exam),
     )
+
+
+def extent(count: int, span: np.ndarray, exam: Volume) -> dict[str, Any]:
+    """Volume, centroid and box of so many voxels of an exam, from the sum, the lowest and the highest of their places
+    in mm, (axis, 3)."""
+    half = np.abs(exam.affine[:3, :3]).sum(axis=1) / 2
+    return {
+        "volume_ml": float(count * abs(np.linalg.det(exam.affine[:3, :3])) / 1000),
+        "centroid_mm": tuple((span[:, 0] / count).tolist()),
+        "box_mm": (tuple((span[:, 1] - half).tolist()), tuple((span[:, 2] + half).tolist())),
+    }
 
 
 class Likeness(NamedTuple):

@@ -222,9 +222,15 @@ def likeness(c_atlas: Coordinates, image: Image, atlas: Tensor, autoencoder: Aut
         atlas: X, (1, 1, n, n, n).
     """
     with torch.no_grad():
-        a, b = (autoencoder.features(x)[0] for x in (grid.sample(atlas, c_atlas), image))
-        moments = (a, b, a * a, b * b, a * b)
-        mean_a, mean_b, aa, bb, ab = (F.avg_pool3d(f, 5, 1, 2, count_include_pad=False) for f in moments)
-        variance = (aa - mean_a**2).clamp_min(0) * (bb - mean_b**2).clamp_min(0)
-        local = (ab - mean_a * mean_b).sum(dim=1, keepdim=True) / (variance.sqrt().sum(dim=1, keepdim=True) + 1e-6)
-        return local.clamp(0, 1) * (warp.determinant(warp.jacobian(c_atlas))[:, None] > 0)
+        local = local_correlation(autoencoder, grid.sample(atlas, c_atlas), image)
+        return local * (warp.determinant(warp.jacobian(c_atlas))[:, None] > 0)
+
+
+def local_correlation(autoencoder: Autoencoder, one: Image, other: Image) -> Float[Tensor, "b 1 i j k"]:
+    """Correlation of the features of two images in windows of 5 voxels around every voxel, 0 ... 1."""
+    a, b = (autoencoder.features(image)[0] for image in (one, other))
+    moments = (a, b, a * a, b * b, a * b)
+    mean_a, mean_b, aa, bb, ab = (F.avg_pool3d(f, 5, 1, 2, count_include_pad=False) for f in moments)
+    variance = (aa - mean_a**2).clamp_min(0) * (bb - mean_b**2).clamp_min(0)
+    local = (ab - mean_a * mean_b).sum(dim=1, keepdim=True) / (variance.sqrt().sum(dim=1, keepdim=True) + 1e-6)
+    return local.clamp(0, 1)

@@ -93,6 +93,13 @@ def write_review(path: Path, found: dict[str, dict[str, Found]]) -> None:
     checkpoint.write_text(path, table.getvalue().rstrip("\n"))
 
 
+def targets(asked: Path, exams: list[Path], output: Path, suffix: str) -> dict[Path, Path]:
+    """Where the answer for each exam goes: into a folder by its name where a folder was asked for, else to `output`."""
+    if asked.is_dir():
+        return {path: output / f"{files.exam_name(path)}{suffix}" for path in exams}
+    return {exams[0]: output}
+
+
 def claim(paths: Iterable[Path], overwrite: bool) -> None:
     """Make the folders of outputs, and refuse, before any work, those that exist already.
 

@@ -114,12 +114,8 @@ def from_box(model: Model, name: str, embedded: Embedded, box: Box) -> Region:
     to_atlas_box = robust_affine(cube[shown], c[0].T.double().numpy()[shown], expected, least=0.0)
     corners = apply(to_atlas_box, np.stack(np.meshgrid(*[(-1, 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3))
     region = _region(name, corners.min(axis=0), corners.max(axis=0))
-    return replace(
-        region,
-        counted=torch.from_numpy(from_atlas(embedded, region.nodes_atlas().flatten(2)).valid).view(
-            region.counted.shape
-        ),
-    )
+    valid = from_atlas(embedded, region.nodes_atlas().flatten(2)).valid
+    return replace(region, counted=torch.from_numpy(valid).view_as(region.counted))
 
 
 LEAST_NODES = 8
@@ -203,14 +199,25 @@ def crop(exam: Volume, shape: tuple, affine: np.ndarray, labels: bool = False) -
 
 def _part(exam: Volume, shape: tuple, affine: np.ndarray, margin: np.ndarray) -> Volume:
     """The block of an exam that another grid lies in, with a margin in voxels; a view."""
-    corners = apply(exam.inverse @ affine, np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1))
-    low, high = corners.min(axis=(0, 1, 2)) - margin, corners.max(axis=(0, 1, 2)) + margin
-    last = np.array(exam.shape) - 1
-    first = np.clip(np.floor(low), 0, last).astype(int)
-    end = np.clip(np.ceil(high), first, last).astype(int) + 1
-    shift = np.eye(4)
-    shift[:3, 3] = first
-    return Volume(exam.array[tuple(map(slice, first, end))], exam.affine @ shift)
+    block = _covered(exam.shape, exam.affine, shape, affine, margin)
+    return Volume(exam.array[block], exam.affine @ _shift(block))
+
+
+def _covered(shape: tuple, affine: np.ndarray, by_shape: tuple, by_affine: np.ndarray, margin=0.0) -> tuple[slice, ...]:
+    """The block of a grid, at least a voxel thick, in which another grid lies, with a margin in voxels."""
+    ends = [(-0.5, n - 0.5) for n in by_shape]
+    corners = apply(np.linalg.inv(affine) @ by_affine, np.stack(np.meshgrid(*ends, indexing="ij"), axis=-1))
+    last = np.array(shape) - 1
+    first = np.clip(np.floor(corners.min(axis=(0, 1, 2)) - margin), 0, last).astype(int)
+    end = np.clip(np.ceil(corners.max(axis=(0, 1, 2)) + margin), first, last).astype(int) + 1
+    return tuple(map(slice, first, end))
+
+
+def _shift(block: tuple[slice, ...]) -> np.ndarray:
+    """Index in a block → index in the whole, (4, 4)."""
+    matrix = np.eye(4)
+    matrix[:3, 3] = [part.start for part in block]
+    return matrix
 
 
 CROP_FORMAT, CROP_VERSION = "deepatlas-crop", 1
@@ -276,12 +283,8 @@ def paste(result: Volume, shape: tuple, affine: np.ndarray, outside: float = 0.0
     """
     labels = result.array.dtype.kind in "iub"
     full = np.full(shape, outside, dtype=result.array.dtype if labels else np.float32)
-    ends = [(-0.5, n - 0.5) for n in result.shape]
-    corners = apply(np.linalg.inv(affine) @ result.affine, np.stack(np.meshgrid(*ends, indexing="ij"), -1))
-    low = np.clip(np.floor(corners.min(axis=(0, 1, 2))), 0, np.array(shape)).astype(int)
-    high = np.clip(np.ceil(corners.max(axis=(0, 1, 2))) + 1, low, np.array(shape)).astype(int)
-    part, shift = full[tuple(map(slice, low, high))], np.eye(4)
-    shift[:3, 3] = low
-    for plane, points in enumerate(planes_mm(part.shape, affine @ shift)):
+    block = _covered(shape, affine, result.shape, result.affine)
+    part = full[block]
+    for plane, points in enumerate(planes_mm(part.shape, affine @ _shift(block))):
         part[plane] = sample_mm(result, points, order="nearest" if labels else "linear", outside=outside)
     return full

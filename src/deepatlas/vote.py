@@ -10,23 +10,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from deepatlas import grid, warp
+from deepatlas import grid
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
-from deepatlas.locate import Embedded, Found, locate
+from deepatlas.locate import Embedded, Found, extent, locate
+from deepatlas.objective import local_correlation
 from deepatlas.prepare import Prepared, sample_mm
-from deepatlas.register import fitted
+from deepatlas.register import fitted, matches
 from deepatlas.volume import Volume, apply
 
 SHARPNESS = 4.0
 """Power of the local similarity in a vote."""
 
-WINDOW = 5
-"""Voxels of half the prepared grid over which similarity is taken."""
+LEVEL = 0.5
+"""A voxel goes to the structure for which more than this share of the votes is."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,14 @@ def vote(
     return owner
 
 
-LEVEL = 0.5
-
-
 def _laid(model: Model, embedded: Embedded, one: Voter, fine: Prepared | None) -> Float[Tensor, "1 4 i j k"]:
     """Φ from the exam to a voter's box, and the weight of its word there: local similarity, 0 where Φ was not found."""
-    found = warp.implicit(one.embedded.c_atlas, embedded.c_atlas, one.embedded.foreground, embedded.foreground)
-    phi_box = found.phi_box
+    phi_box, valid = matches(embedded, one.embedded)
     if fine is not None and one.fine is not None:
-        phi_box = fitted(embedded, one.embedded, phi_box, found.valid[0, 0].numpy(), (fine, one.fine))
-    images = (torch.from_numpy(side.prepared.image)[None, None] for side in (embedded, one.embedded))
-    own, other = next(images), grid.sample(next(images), phi_box)
-    features = [model.autoencoder.features(image)[0] for image in (other, own)]
-    return torch.cat([phi_box, _local_correlation(*features) ** SHARPNESS * found.valid], dim=1)
+        phi_box = fitted(embedded, one.embedded, phi_box, valid, (fine, one.fine))
+    own, other = (torch.from_numpy(side.prepared.image)[None, None] for side in (embedded, one.embedded))
+    alike = local_correlation(model.autoencoder, grid.sample(other, phi_box), own)
+    return torch.cat([phi_box, alike**SHARPNESS * torch.from_numpy(valid)], dim=1)
 
 
 def locate_by_vote(
@@ -109,25 +104,10 @@ def locate_by_vote(
         if not len(index):
             voted[name] = replace(one, status="absent", confidence=None, owner=None, **NOWHERE)
             continue
-        places, half = apply(exam.affine, index), np.abs(exam.affine[:3, :3]).sum(axis=1) / 2
-        voted[name] = replace(
-            one,
-            owner=owner,
-            number=number,
-            volume_ml=float(len(index) * abs(np.linalg.det(exam.affine[:3, :3])) / 1000),
-            centroid_mm=tuple(places.mean(axis=0).tolist()),
-            box_mm=(tuple((places.min(axis=0) - half).tolist()), tuple((places.max(axis=0) + half).tolist())),
-        )
+        places = apply(exam.affine, index)
+        span = np.stack([places.sum(axis=0), places.min(axis=0), places.max(axis=0)], axis=1)
+        voted[name] = replace(one, owner=owner, number=number, **extent(len(index), span, exam))
     return voted
 
 
 NOWHERE = {"volume_ml": None, "centroid_mm": None, "box_mm": None}
-
-
-def _local_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of features in windows, 0 … 1, (1, 1, i, j, k)."""
-    means = [F.avg_pool3d(f, WINDOW, 1, WINDOW // 2, count_include_pad=False) for f in (a, b, a * a, b * b, a * b)]
-    mean_a, mean_b, aa, bb, ab = means
-    variance = (aa - mean_a**2).clamp_min(0) * (bb - mean_b**2).clamp_min(0)
-    r = (ab - mean_a * mean_b).sum(dim=1, keepdim=True) / (variance.sqrt().sum(dim=1, keepdim=True) + 1e-6)
-    return r.clamp(0, 1)

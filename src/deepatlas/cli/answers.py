@@ -20,7 +20,7 @@ from deepatlas.cli.options import (
     RefineOption,
 )
 from deepatlas.cli.reading import load, mapped, names_in, read_json, table_of_names
-from deepatlas.cli.speech import counting, end
+from deepatlas.cli.speech import counting, each_exam, end
 from deepatlas.errors import DeepAtlasError, StructureError
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ def vote(
         found = voting.locate_by_vote(loaded, exam, mapped(loaded, exam)[0], voters, table, fine(exam))
         outputs.write_answer(output, exam, found, loaded)
 
-    with counting("Locating") as count:
-        failed = outputs.each(paths, work, count)
-    outputs.write_failed(output / "failed.json", failed, [files.exam_name(path) for path in paths])
-    end(failed)
+    each_exam(paths, work, output if inputs.is_dir() else None, "Locating")
 
 
 class Care(NamedTuple):

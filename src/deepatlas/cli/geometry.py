@@ -16,7 +16,7 @@ from deepatlas.cli.options import (
     RefineOption,
 )
 from deepatlas.cli.reading import choice, load, mapped, names_in, own, read_json
-from deepatlas.cli.speech import counting, end
+from deepatlas.cli.speech import counting, each_exam, end
 from deepatlas.errors import MarkupError, RegionError
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def points(
     wanted = markups.read_points(marked, frame)
     paths = files.find_exams(target)
     suffix = "".join(marked.suffixes[-2:]) if marked.name.lower().endswith(".mrk.json") else marked.suffix
-    targets = {path: output / f"{files.exam_name(path)}{suffix}" for path in paths} if target.is_dir() else {}
-    targets = targets or {paths[0]: output}
+    targets = outputs.targets(target, paths, output, suffix)
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
     marked_on = mapped(loaded, files.read_exam(source), refined)[0]
@@ -64,7 +63,7 @@ def points(
         checkpoint.write_text(targets[path], markups.points_text(placed, targets[path], confidence, frame))
         typer.echo(f"{targets[path]}: {int(found.valid.sum())} of {len(wanted)} points lie in {files.exam_name(path)}.")
 
-    _each(paths, work, output if target.is_dir() else None, "Carrying")
+    each_exam(paths, work, output if target.is_dir() else None, "Carrying")
 
 
 def boxes(
@@ -89,8 +88,7 @@ def boxes(
     if (source is None) != (drawn is None):
         raise typer.BadParameter("--from and --box belong together.", param_hint="--box")
     paths = files.find_exams(inputs)
-    targets = {path: output / f"{files.exam_name(path)}.json" for path in paths} if inputs.is_dir() else {}
-    targets = targets or {paths[0]: output}
+    targets = outputs.targets(inputs, paths, output, ".json")
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
@@ -110,7 +108,7 @@ def boxes(
         there = sum(box is not None for box in shown.values())
         typer.echo(f"{targets[path]}: {there} of {len(shown)} boxes lie in {files.exam_name(path)}.")
 
-    _each(paths, work, output if inputs.is_dir() else None, "Looking")
+    each_exam(paths, work, output if inputs.is_dir() else None, "Looking")
 
 
 def roi(
@@ -172,8 +170,7 @@ def crop(
     paths = files.find_exams(inputs)
     if labels is not None and inputs.is_dir():
         raise typer.BadParameter("A label map goes with a single exam.", param_hint="-l")
-    targets = {path: output / f"{files.exam_name(path)}.nii.gz" for path in paths} if inputs.is_dir() else {}
-    targets = targets or {paths[0]: output}
+    targets = outputs.targets(inputs, paths, output, ".nii.gz")
     beside = {path: target.with_name(f"{files.exam_name(target)}.json") for path, target in targets.items()}
     outputs.claim([*targets.values(), *beside.values()], overwrite)
     loaded = load(checkpoint.find(model), device)
@@ -192,7 +189,7 @@ def crop(
         checkpoint.write_text(beside[path], json.dumps(about, indent=1))
         typer.echo(f"{targets[path]}: {roi}, {shown.status.replace('_', ' ')}, coverage {shown.coverage:.0%}.")
 
-    _each(paths, work, output if inputs.is_dir() else None, "Cropping")
+    each_exam(paths, work, output if inputs.is_dir() else None, "Cropping")
 
 
 def uncrop(
@@ -303,16 +300,3 @@ def register(
         f"{output}: {about['overlap']:.0%} of {still.name} has a counterpart in {laid.name}; "
         f"{about['folded']:.2%} of it folds, there and back differs by {about['inverse_consistency_mm']['median']} mm."
     )
-
-
-def _each(paths: list[Path], work, folder: Path | None, title: str) -> None:
-    """Do something with every exam of a folder, or with the only one, which is refused where it fails."""
-    from deepatlas import files, outputs
-
-    if folder is None:
-        work(paths[0])
-        return
-    with counting(title) as count:
-        failed = outputs.each(paths, work, count)
-    outputs.write_failed(folder / "failed.json", failed, [files.exam_name(path) for path in paths])
-    end(failed)

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -41,6 +42,19 @@ def counting(title: str) -> Iterator[Callable[[int, int, str], None]]:
     with _bar() as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{title} {name}")
+
+
+def each_exam(paths: list[Path], work: Callable[[Path], None], folder: Path | None, title: str) -> None:
+    """Do something with every exam of a folder, or with the only one, which is refused where it fails."""
+    from deepatlas import files, outputs
+
+    if folder is None:
+        work(paths[0])
+        return
+    with counting(title) as count:
+        failed = outputs.each(paths, work, count)
+    outputs.write_failed(folder / "failed.json", failed, [files.exam_name(path) for path in paths])
+    end(failed)
 
 
 @contextmanager
