@@ -218,6 +218,7 @@ def test_sums_over_cubes_have_the_gradient_they_claim():
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 3), (8, 8), (16, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normalisation_and_its_gradient_are_those_of_the_plain_form(channels, groups, dtype, monkeypatch):
+    torch.manual_seed(0)
     norm = torch.nn.GroupNorm(groups, channels).to(dtype)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     x = (3 + 2 * draw(17, 2, channels, 17, 15, 13, dtype=dtype)).requires_grad_()  # more than one block of voxels

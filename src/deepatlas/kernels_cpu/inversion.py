@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit, prange
 
 from deepatlas.kernels_cpu.cells import CHUNK, FAST, cell, find_cells, held, parts_for, strides_of, turns
-from deepatlas.kernels_cpu.lanes import LANES, empty_rows, lane, load, pack, unpack
+from deepatlas.kernels_cpu.lanes import LANES, buffers_of, first, lane, load_pair, pack, second, unpack
 from deepatlas.kernels_cpu.sampling import push
 
 
@@ -34,7 +34,7 @@ def invert_backward(field, shape, points, active, forward, floor, grad, parts: i
     grad_target, grad_field = np.empty_like(points), np.empty_like(field)
     for some in turns(len(field)):
         exams = len(field[some])
-        buffers = empty_rows(parts or parts_for(exams), exams, 3, field.shape[2], field.dtype)
+        buffers = buffers_of(parts or parts_for(exams), exams, 3, field.shape[2], field.dtype)
         given = (part[some] for part in (points, active, forward, floor, grad))
         _invert_backward(pack(field[some])[:, 0], shape, *given, grad_target[some], buffers[:, :, 0])
         unpack(buffers, grad_field[some])
@@ -44,16 +44,14 @@ def invert_backward(field, shape, points, active, forward, floor, grad, parts: i
 @njit(inline="always", fastmath=FAST)
 def _value_and_slopes(f, o, fi, fj, fk, step_i, step_j):
     """The field in a cell and its derivatives per index along i, j and k, each a row of channels."""
-    a00, a01 = load(f, o), load(f, o + step_j)
-    d00, d01 = load(f, o + 1) - a00, load(f, o + step_j + 1) - a01
-    o += step_i
-    a10, a11 = load(f, o), load(f, o + step_j)
-    d10, d11 = load(f, o + 1) - a10, load(f, o + step_j + 1) - a11
-    a00, a01, a10, a11 = a00 + d00 * fk, a01 + d01 * fk, a10 + d10 * fk, a11 + d11 * fk
+    a00, a01 = load_pair(f, o), load_pair(f, o + step_j)
+    a10, a11 = load_pair(f, o + step_i), load_pair(f, o + step_i + step_j)
     e0, e1 = a01 - a00, a11 - a10
-    v0, v1 = a00 + e0 * fj, a10 + e1 * fj
-    d0, d1 = d00 + (d01 - d00) * fj, d10 + (d11 - d10) * fj
-    return v0 + (v1 - v0) * fi, v1 - v0, e0 + (e1 - e0) * fi, d0 + (d1 - d0) * fi
+    a0, a1 = a00 + e0 * fj, a10 + e1 * fj
+    by_i, by_j, a = a1 - a0, e0 + (e1 - e0) * fi, a0 + (a1 - a0) * fi
+    by_k = second(a) - first(a)
+    along_i, along_j = first(by_i) + (second(by_i) - first(by_i)) * fk, first(by_j) + (second(by_j) - first(by_j)) * fk
+    return first(a) + by_k * fk, along_i, along_j, by_k
 
 
 @njit(inline="always", fastmath=FAST)
@@ -154,6 +152,7 @@ def _invert_backward(rows, shape, points, active, forward, floor, grad, grad_tar
         f, mean, least = rows[b], forward[b], floor[b] / volume
         node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
         pushed = np.zeros((CHUNK, LANES), rows.dtype)
+        buffers[part, b] = 0
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
             find_cells(points, b, start, stop, shape, node, offset)

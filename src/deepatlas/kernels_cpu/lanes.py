@@ -1,13 +1,15 @@
-"""Four numbers of one type as one Numba value: a load, a store and an operation each for all four at once.
+"""Several numbers of one type as one Numba value: a load, a store and an operation each for all of them at once.
 
 A node of a field with up to four channels is a row of four; trilinear arithmetic on rows needs a quarter of the
-instructions. Kernels written with `load`, `store` and `total` serve both forms, as the rank of the array decides at
-compile time: ``(node, 4)`` gives lanes, ``(node,)`` plain numbers.
+instructions, and on pairs of rows, the two neighbours along the last axis, an eighth. Kernels written with the
+functions here serve both forms, as the rank of the array decides at compile time: ``(node, 4)`` gives lanes,
+``(node,)`` plain numbers (and a pair of them two lanes).
 
 Compilers find such code in loops by themselves, but not across the gathers of a sampler.
 """
 
 import operator
+import threading
 
 import numpy as np
 from llvmlite import ir
@@ -21,27 +23,27 @@ _ROUNDING = ("contract",)
 _INDEX = ir.IntType(32)
 
 
-class Four(types.Type):
-    """The Numba type of four lanes."""
+class Lanes(types.Type):
+    """The Numba type of so many lanes."""
 
-    def __init__(self, dtype: types.Float) -> None:
-        self.dtype = dtype
-        super().__init__(name=f"Four({dtype})")
-
-
-@register_model(Four)
-class _FourModel(PrimitiveModel):
-    def __init__(self, manager, kind: Four) -> None:
-        super().__init__(manager, kind, ir.VectorType(manager.lookup(kind.dtype).get_value_type(), LANES))
+    def __init__(self, dtype: types.Float, count: int) -> None:
+        self.dtype, self.count = dtype, count
+        super().__init__(name=f"Lanes({dtype}, {count})")
 
 
-def _address(context, builder, kind, array, row):
-    """Pointer to a row of an array (row, 4) as a vector, and the alignment of a single number."""
+@register_model(Lanes)
+class _LanesModel(PrimitiveModel):
+    def __init__(self, manager, kind: Lanes) -> None:
+        super().__init__(manager, kind, ir.VectorType(manager.lookup(kind.dtype).get_value_type(), kind.count))
+
+
+def _address(context, builder, kind, array, row, count=LANES):
+    """Pointer to so many numbers from a row of an array on, as a vector, and the alignment of a single number."""
     data = context.make_array(kind)(context, builder, array)
     shape, strides = (cgutils.unpack_tuple(builder, part) for part in (data.shape, data.strides))
-    first = [row, context.get_constant(types.intp, 0)]
+    first = [row, context.get_constant(types.intp, 0)][: kind.ndim]
     pointer = cgutils.get_item_pointer2(context, builder, data.data, shape, strides, kind.layout, first)
-    vector = context.get_value_type(Four(kind.dtype))
+    vector = context.get_value_type(Lanes(kind.dtype, count))
     align = context.get_abi_sizeof(context.get_value_type(kind.dtype))
     return builder.bitcast(pointer, ir.PointerType(vector)), align
 
@@ -52,7 +54,44 @@ def _load(_, rows, row):
         pointer, align = _address(context, builder, signature.args[0], *args)
         return builder.load(pointer, align=align)
 
-    return Four(rows.dtype)(rows, types.intp), generate
+    return Lanes(rows.dtype, LANES)(rows, types.intp), generate
+
+
+@intrinsic
+def load_pair(_, rows, row):
+    """A row and the one after it, side by side; the last row has none after it."""
+    width = LANES if rows.ndim == 2 else 1
+
+    def generate(context, builder, signature, args):
+        pointer, align = _address(context, builder, signature.args[0], *args, count=2 * width)
+        return builder.load(pointer, align=align)
+
+    return Lanes(rows.dtype, 2 * width)(rows, types.intp), generate
+
+
+def _half(pair: Lanes, first: int):
+    """One half of a pair: lanes, or a plain number of a pair of numbers."""
+    width = pair.count // 2
+
+    def generate(context, builder, signature, args):
+        if width == 1:
+            return builder.extract_element(args[0], ir.Constant(_INDEX, first))
+        mask = ir.Constant(ir.VectorType(_INDEX, width), [first * width + place for place in range(width)])
+        return builder.shuffle_vector(args[0], ir.Constant(args[0].type, ir.Undefined), mask)
+
+    return (pair.dtype if width == 1 else Lanes(pair.dtype, width))(pair), generate
+
+
+@intrinsic
+def first(_, pair):
+    """The first row of a pair."""
+    return _half(pair, 0)
+
+
+@intrinsic
+def second(_, pair):
+    """The second row of a pair."""
+    return _half(pair, 1)
 
 
 @intrinsic
@@ -66,14 +105,16 @@ def _store(_, rows, row, value):
 
 
 @intrinsic
-def _spread(_, number):
+def _spread(_, number, like):
+    """A number in every lane of something like another value."""
+
     def generate(context, builder, signature, args):
         vector = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
-        for place in range(LANES):
+        for place in range(signature.return_type.count):
             vector = builder.insert_element(vector, args[0], ir.Constant(_INDEX, place))
         return vector
 
-    return Four(number)(number), generate
+    return like(number, like), generate
 
 
 @intrinsic
@@ -98,10 +139,10 @@ def _operation(operation, instruction: str) -> None:
 
     @overload(operation, inline="always")
     def mixed(a, b):
-        if isinstance(a, Four) and isinstance(b, Four):
+        if isinstance(a, Lanes) and a == b:
             return lambda a, b: both(a, b)
-        if isinstance(a, Four) and b == a.dtype:
-            return lambda a, b: both(a, _spread(b))
+        if isinstance(a, Lanes) and b == a.dtype:
+            return lambda a, b: both(a, _spread(b, a))
         return None
 
 
@@ -142,31 +183,51 @@ def _(rows, row, value):
 
 @overload(total, inline="always")
 def _(value):
-    if isinstance(value, Four):
+    if isinstance(value, Lanes):
         return lambda value: (lane(value, 0) + lane(value, 1)) + (lane(value, 2) + lane(value, 3))
     return lambda value: value
 
 
 _BLOCK = 4096
+_KEPT = threading.local()
+_MOST_KEPT = 2**26
+"""Bytes of working memory that a thread keeps for the next call: fresh pages cost as much as the arithmetic."""
 
 
-def pack(field: np.ndarray) -> np.ndarray:
+def working_memory(use: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array of whatever numbers, valid until this thread asks again for the same use."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    held = getattr(_KEPT, use, None)
+    if held is None or held.size < size:
+        held = np.empty(size, np.uint8)
+        if size <= _MOST_KEPT:
+            setattr(_KEPT, use, held)
+    return held[:size].view(dtype).reshape(shape)
+
+
+def pack(field: np.ndarray, thin: bool = False) -> np.ndarray:
     """A field (batch, channel, node) as rows (batch, group, node, 4), the last group filled up with zeros.
 
-    A single channel stays what it is: (batch, 1, node).
+    A single channel stays what it is: (batch, 1, node). Valid until this thread packs again.
+
+    Args:
+        thin: the last axis of the grid has one node: one more is put at the end, so that the last one has a pair.
     """
+    if thin:
+        field = np.concatenate([field, np.zeros_like(field[:, :, :1])], axis=2)
     if field.shape[1] == 1:
         return field
     groups = -(-field.shape[1] // LANES)
-    rows = np.empty((field.shape[0], groups, field.shape[2], LANES), field.dtype)
+    rows = working_memory("rows", (field.shape[0], groups, field.shape[2], LANES), field.dtype)
     _pack(field, rows)
     return rows
 
 
-def empty_rows(parts: int, batch: int, channels: int, nodes: int, dtype) -> np.ndarray:
-    """Zeros (part, batch, group, node, 4) to add to, or (part, batch, 1, node) for a single channel."""
+def buffers_of(parts: int, batch: int, channels: int, nodes: int, dtype) -> np.ndarray:
+    """Memory (part, batch, group, node, 4) to add to, or (part, batch, 1, node) for a single channel; whoever adds
+    sets it to zero. Valid until this thread asks again."""
     shape = (parts, batch, 1, nodes) if channels == 1 else (parts, batch, -(-channels // LANES), nodes, LANES)
-    return np.zeros(shape, dtype)
+    return working_memory("buffers", shape, dtype)
 
 
 def unpack(rows: np.ndarray, field: np.ndarray) -> None:

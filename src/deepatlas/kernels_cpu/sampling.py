@@ -4,13 +4,13 @@ import numpy as np
 from numba import njit, prange
 
 from deepatlas.kernels_cpu.cells import CHUNK, FAST, find_cells, parts_for, strides_of, turns
-from deepatlas.kernels_cpu.lanes import empty_rows, load, pack, store, total, unpack
+from deepatlas.kernels_cpu.lanes import buffers_of, first, load, load_pair, pack, second, store, total, unpack
 
 
 def sample(field: np.ndarray, shape: tuple[int, int, int], points: np.ndarray, out: np.ndarray) -> None:
     """Trilinear values of ``field`` at ``points``, written to ``out`` (batch, channel, point)."""
     for some in turns(len(points)):
-        _sample(pack(field[some]), shape, points[some], out[some])
+        _sample(pack(field[some], shape[2] == 1), shape, points[some], out[some])
 
 
 def sample_backward(
@@ -31,8 +31,8 @@ def sample_backward(
     grad_points = np.empty(points.shape if want_points else (batch, 3, 0), field.dtype)
     for some in turns(batch):
         exams = len(field[some])
-        rows = pack(field[some]) if want_points else empty_rows(1, exams, channels, 0, field.dtype)[0]
-        buffers = empty_rows(parts or parts_for(exams), exams, channels, nodes if want_field else 0, field.dtype)
+        rows = pack(field[some] if want_points else field[some, :, :0], shape[2] == 1)
+        buffers = buffers_of(parts or parts_for(exams), exams, channels, nodes if want_field else 0, field.dtype)
         _sample_backward(rows, shape, points[some], grad[some], grad_points[some], buffers, want_points, want_field)
         if want_field:
             unpack(buffers, grad_field[some])
@@ -41,7 +41,7 @@ def sample_backward(
 
 @njit(parallel=True, fastmath=FAST, cache=True)
 def _sample(rows, shape, points, out):
-    step_i, step_j, step_k = strides_of(shape)
+    step_i, step_j, _ = strides_of(shape)
     count = points.shape[2]
     chunks = (count + CHUNK - 1) // CHUNK
     for task in prange(points.shape[0] * chunks):
@@ -54,15 +54,11 @@ def _sample(rows, shape, points, out):
             f = rows[b, group]
             for m in range(stop - start):
                 o, fi, fj, fk = node[m], offset[0, m], offset[1, m], offset[2, m]
-                v00, v01 = load(f, o), load(f, o + step_j)
-                v00 = v00 + (load(f, o + step_k) - v00) * fk
-                v01 = v01 + (load(f, o + step_j + step_k) - v01) * fk
-                o += step_i
-                v10, v11 = load(f, o), load(f, o + step_j)
-                v10 = v10 + (load(f, o + step_k) - v10) * fk
-                v11 = v11 + (load(f, o + step_j + step_k) - v11) * fk
+                v00, v01 = load_pair(f, o), load_pair(f, o + step_j)
+                v10, v11 = load_pair(f, o + step_i), load_pair(f, o + step_i + step_j)
                 v0, v1 = v00 + (v01 - v00) * fj, v10 + (v11 - v10) * fj
-                store(values, m, v0 + (v1 - v0) * fi)
+                v = v0 + (v1 - v0) * fi
+                store(values, m, first(v) + (second(v) - first(v)) * fk)
             lanes = values.reshape(CHUNK, -1)
             for place in range(min(lanes.shape[1], out.shape[1] - group * lanes.shape[1])):
                 for m in range(stop - start):
@@ -80,6 +76,7 @@ def _sample_backward(rows, shape, points, grad, grad_points, buffers, want_point
         node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
         pushed = np.zeros((CHUNK,) + rows.shape[3:], rows.dtype)  # noqa: RUF005 (Numba)
         lanes = pushed.reshape(CHUNK, -1)
+        buffers[part, b] = 0
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
             find_cells(points, b, start, stop, shape, node, offset)
@@ -95,17 +92,14 @@ def _sample_backward(rows, shape, points, grad, grad_points, buffers, want_point
                         grad_points[b, :, start:stop] = 0
                     for m in range(stop - start):
                         o, fi, fj, fk, g = node[m], offset[0, m], offset[1, m], offset[2, m], load(pushed, m)
-                        a00, a01 = load(f, o), load(f, o + step_j)
-                        d00, d01 = load(f, o + step_k) - a00, load(f, o + step_j + step_k) - a01
-                        o += step_i
-                        a10, a11 = load(f, o), load(f, o + step_j)
-                        d10, d11 = load(f, o + step_k) - a10, load(f, o + step_j + step_k) - a11
-                        a00, a01, a10, a11 = a00 + d00 * fk, a01 + d01 * fk, a10 + d10 * fk, a11 + d11 * fk
+                        a00, a01 = load_pair(f, o), load_pair(f, o + step_j)
+                        a10, a11 = load_pair(f, o + step_i), load_pair(f, o + step_i + step_j)
                         e0, e1 = a01 - a00, a11 - a10
-                        d0, d1 = d00 + (d01 - d00) * fj, d10 + (d11 - d10) * fj
-                        grad_points[b, 0, start + m] += total(((a10 - a00) + (e1 - e0) * fj) * g)
-                        grad_points[b, 1, start + m] += total((e0 + (e1 - e0) * fi) * g)
-                        grad_points[b, 2, start + m] += total((d0 + (d1 - d0) * fi) * g)
+                        a0, a1 = a00 + e0 * fj, a10 + e1 * fj
+                        by_i, by_j, a = a1 - a0, e0 + (e1 - e0) * fi, a0 + (a1 - a0) * fi
+                        grad_points[b, 0, start + m] += total((first(by_i) + (second(by_i) - first(by_i)) * fk) * g)
+                        grad_points[b, 1, start + m] += total((first(by_j) + (second(by_j) - first(by_j)) * fk) * g)
+                        grad_points[b, 2, start + m] += total((second(a) - first(a)) * g)
                 if want_field:
                     push(buffers[part, b, group], node, offset, pushed, stop - start, step_i, step_j, step_k)
             if want_points:
