@@ -222,3 +222,24 @@ def test_the_only_grid_sample_stands_in_grid():
     for path in Path(deepatlas.__file__).parent.rglob("*.py"):
         uses = path.read_text(encoding="utf-8").count("F.grid_sample(")
         assert uses == (path.name == "grid.py"), path.name
+
+
+# Splines
+
+
+def test_equal_control_points_give_a_uniform_field_and_a_ramp_stays_one():
+    uniform = grid.spline(torch.full((1, 2, 6, 5, 4), 0.7, dtype=torch.float64), (9, 8, 7))
+    torch.testing.assert_close(uniform, torch.full((1, 2, 9, 8, 7), 0.7, dtype=torch.float64))
+    control = torch.arange(7, dtype=torch.float64).view(1, 1, 7, 1, 1).expand(-1, -1, -1, 4, 4)
+    ramp = grid.spline(control, (11, 3, 3))[0, 0, :, 1, 1]
+    torch.testing.assert_close(ramp, torch.linspace(1, 5, 11, dtype=torch.float64))
+
+
+def test_a_spline_is_the_cubic_one_of_scipy():
+    interpolate = pytest.importorskip("scipy.interpolate")
+    control = torch.randn(1, 1, 9, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    control = control[:, :, :, :1, :1].expand(-1, -1, -1, 4, 4)
+    ours = grid.spline(control, (33, 2, 2))[0, 0, :, 0, 0]
+    knots = range(-2, 11)  # control point i stands over knot i + 2
+    theirs = interpolate.BSpline(knots, control[0, 0, :, 0, 0].numpy(), 3)(torch.linspace(1, 7, 33).numpy())
+    torch.testing.assert_close(ours, torch.from_numpy(theirs), atol=1e-6, rtol=0)

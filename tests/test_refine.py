@@ -10,7 +10,7 @@ from deepatlas.config import Fitting, NetworkConfig, Weights
 from deepatlas.locate import Embedded
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import Prepared, prepare
-from deepatlas.refine import refine
+from deepatlas.refine import mean_of, refine, template_of
 
 SIZE = 20
 
@@ -67,3 +67,20 @@ def test_a_grid_finer_than_the_networks_is_prepared_from_the_exam():
     assert (better.c_atlas - truth)[inner].norm(dim=1).mean() < 0.4 * OFF.norm()
     assert better.prepared is coarse
     assert better.c_atlas.shape[2:] == shape
+
+
+def test_the_template_of_an_exam_shows_it_where_its_map_says_and_the_atlas_elsewhere():
+    model, exam, truth = scene()
+    moved = truth + OFF
+    template = template_of(model, exam.volume, Embedded(exam, moved))
+    inner = (..., *(slice(2, -2),) * 3)
+    shown = grid.sample(template, moved)
+    assert (shown[0, 0].numpy() - exam.image)[inner].std() < 0.03
+    assert (grid.sample(model.atlas, moved)[0, 0].numpy() - exam.image)[inner].std() > 0.06
+    torch.testing.assert_close(template[..., 0, 0, 0], model.atlas[..., 0, 0, 0])  # beyond the exam
+
+
+def test_the_mean_of_maps_is_that_of_their_coordinates():
+    _, exam, truth = scene()
+    both = mean_of([Embedded(exam, truth), Embedded(exam, truth + OFF)])
+    torch.testing.assert_close(both.c_atlas, truth + OFF / 2)

@@ -48,7 +48,7 @@ def same(left: Path, right: Path) -> None:
     with Cohort(left) as one, Cohort(right) as two:
         first, second = one.load(), two.load()
     assert first.names == second.names
-    for before, after in zip(first[1:], second[1:], strict=True):
+    for before, after in zip(first[1:4], second[1:4], strict=True):
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
 

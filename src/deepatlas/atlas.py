@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deepatlas import grid, warp
-from deepatlas.errors import StructureError
+from deepatlas.config import CUBE
+from deepatlas.errors import RegionError, StructureError
 from deepatlas.shapes import Coordinates, Mask
 
 LEVELS = torch.linspace(0.1, 0.9, 33)
@@ -81,10 +82,44 @@ class Region:
     counted: Bool[Tensor, "i j k"]
     """Which of its `REGION_NODES`³ nodes lie in anatomy: an exam covers the region as far as it shows these."""
 
+    @classmethod
+    def whole(cls, name: str, box_atlas: Float[Tensor, "2 3"]) -> "Region":
+        """A region all of whose nodes count."""
+        return cls(name, box_atlas.float(), torch.ones(*(REGION_NODES,) * 3).bool())
+
+    @classmethod
+    def from_text(cls, text: str) -> "Region":
+        """The region that `as_text` wrote.
+
+        Raises:
+            RegionError: something else.
+        """
+        words = text.removeprefix(CUBE).split(maxsplit=6)
+        try:
+            box_atlas = torch.tensor([float(word) for word in words[:6]]).view(2, 3)
+            if not (text.startswith(CUBE) and (box_atlas[0] < box_atlas[1]).all()):
+                raise ValueError
+            return cls.whole(words[6], box_atlas)
+        except (ValueError, IndexError, RuntimeError):
+            raise RegionError(
+                f"Expected the cube that a finer model sees, got {text!r}; copy the model again."
+            ) from None
+
+    def as_text(self) -> str:
+        """The cube as the preparation of a finer model is called: its box of the atlas and its name."""
+        return f"{CUBE}{' '.join(f'{number:.4f}' for number in self.box_atlas.flatten().tolist())} {self.name}"
+
     def nodes_atlas(self) -> Float[Tensor, "1 3 i j k"]:
         """Atlas coordinates of its nodes."""
         low, high = self.box_atlas[0].view(1, 3, 1, 1, 1), self.box_atlas[1].view(1, 3, 1, 1, 1)
         return low + (grid.identity(tuple(self.counted.shape)) + 1) / 2 * (high - low)
+
+    def to_atlas(self) -> Float[Tensor, "4 4"]:
+        """−1 … +1 along its edges → atlas, float64."""
+        low, high = self.box_atlas.double()
+        matrix = torch.diag(torch.cat([(high - low) / 2, torch.ones(1, dtype=torch.float64)]))
+        matrix[:3, 3] = (low + high) / 2
+        return matrix
 
 
 class Drawn(NamedTuple):

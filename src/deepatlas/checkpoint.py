@@ -6,6 +6,7 @@ A model folder, format version 1:
 ``model.json``             format, version, sizes, preparation, seed exam, structures (name, label, level...), regions
 ``weights.safetensors``    network, autoencoder and atlas; half or single precision
 ``structures.safetensors`` one soft mask per structure
+``finer/NAME/``            a model of the cube NAME of this atlas, a folder of the same kind (`deepatlas.cascade`)
 =========================  ===============================================================================
 
 Everything is written beside its target first and then moved over it; the JSON goes last. Loading checks every name,
@@ -33,6 +34,7 @@ from deepatlas.networks import CoordinateNetwork
 FORMAT = "deepatlas-model"
 VERSION = 1
 LARGEST_HEADER = 4 << 20
+FINER = "finer"
 MARGIN = 0.9
 """The seed exam's box lies within ± this in the atlas, so that tanh has room for anatomy beyond it."""
 
@@ -57,6 +59,8 @@ class Model:
     name: str = "model"
     familiar: float = 0.0
     """An exam whose mean likeness to the aligned atlas lies below this is unlike any that was learned."""
+    finer: "dict[str, Model]" = field(default_factory=dict)
+    """Models of cubes of this atlas, see `deepatlas.cascade`."""
 
     @property
     def size(self) -> int:
@@ -99,11 +103,19 @@ def save(model: Model, folder: Path, half: bool = False) -> None:
     tensors["atlas"] = model.atlas
     kind = torch.float16 if half else torch.float32
     write_tensors(folder / "weights.safetensors", {k: v.to(kind) for k, v in tensors.items()})
-    save_structures(model, folder)
+    for name, finer in model.finer.items():
+        save(finer, folder / FINER / name, half)
+    _describe(model, folder)
 
 
 def save_structures(model: Model, folder: Path) -> None:
-    """Write the library and the description of a model, leaving its weights alone."""
+    """Write the library and the description of a model and of those finer than it, leaving their weights alone."""
+    for name, finer in model.finer.items():
+        save_structures(finer, folder / FINER / name)
+    _describe(model, folder)
+
+
+def _describe(model: Model, folder: Path) -> None:
     tensors = {}
     for index, structure in enumerate(model.structures.values()):
         tensors[f"{index}.mask"] = (structure.mask.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -173,12 +185,22 @@ def load(folder: Path) -> Model:
             regions={str(entry["name"]): _region(entry) for entry in about.get("regions", [])},
             name=folder.name,
             familiar=float(about["familiar"]),
+            finer={path.parent.name: load(path.parent) for path in sorted((folder / FINER).glob("*/model.json"))},
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{folder / 'model.json'} does not describe a model ({error}); copy the model again."
         ) from error
     return model
+
+
+def lineage(folder: Path) -> list[Model]:
+    """A model, and before it those whose atlas it sees a part of, the widest first."""
+    folder = Path(os.path.abspath(folder))
+    above = folder.parent.parent
+    if folder.parent.name == FINER and (above / "model.json").exists():
+        return [*lineage(above), load(folder)]
+    return [load(folder)]
 
 
 def find(name_or_folder: str | Path) -> Path:

@@ -5,6 +5,9 @@ The defaults are the paper's (§5.2, §5.3, §5.5.2) where it prints a number.
 
 from dataclasses import dataclass, field, replace
 
+CUBE = "cube "
+"""How the preparation of a model begins that sees a cube of another model's atlas; see `deepatlas.cascade`."""
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -112,7 +115,7 @@ class Fitting:
     rate: float = 0.008
     """Adam's rate, in atlas units."""
     nodes: int = 8
-    """Nodes of the residual along each axis."""
+    """Control points of the residual along each axis (`deepatlas.grid.spline`)."""
     size: int = 64
     """Nodes of the grid on which images are compared; it may be finer than the network's input."""
     learned: bool = True
@@ -235,7 +238,7 @@ DEMO = Preset(
     consolidation=(
         ConsolidationStage(Fitting(steps=30, size=48, window=12, atlas_steps=20), steps=300, rate=0.003),
         ConsolidationStage(
-            Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=24, smooth=0.5, atlas_steps=0),
+            Fitting(steps=30, rate=0.006, nodes=16, size=96, learned=False, window=24, smooth=0.5, atlas_steps=0),
             steps=300,
         ),
     ),
@@ -246,4 +249,9 @@ DEMO = Preset(
 )
 """The embedded default: minutes on two CPU cores, for the phantoms."""
 
-PRESETS = {preset.name: preset for preset in (PAPER, CPU, DEMO)}
+FINER = replace(
+    CPU, name="finer", consolidation=(ConsolidationStage(FINE, steps=1600), ConsolidationStage(FINE, steps=2000))
+)
+"""For crops of a region, from the model that cut them (`deepatlas.cascade`)."""
+
+PRESETS = {preset.name: preset for preset in (PAPER, CPU, DEMO, FINER)}

@@ -7,11 +7,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deepatlas import checkpoint, dense, evaluate, files, grid, outputs, phantom, report, store, warp
 from deepatlas.checkpoint import Model
@@ -21,7 +23,7 @@ from deepatlas.loop import Progress
 from deepatlas.phantom import STRUCTURES, PhantomExam
 from deepatlas.prepare import sample_mm
 from deepatlas.pretrain import pretrain
-from deepatlas.refine import refine
+from deepatlas.refine import mean_of, refine, template_of
 from deepatlas.volume import Volume, apply
 
 PARTS = ("exams", "unseen", "cohort.h5", "model", "found", "plain", "affine", "report.html", "results.json")
@@ -30,8 +32,10 @@ PARTS = ("exams", "unseen", "cohort.h5", "model", "found", "plain", "affine", "r
 SHOWN = ("whole", "trunk", "neck_chest", "chest_abdomen", "abdomen_pelvis")
 """Fields of view of the phantoms: a third of them whole, the others partial."""
 
-REFINED = (Fitting(), Fitting(steps=30, rate=0.006, nodes=12, size=96, learned=False, window=24, smooth=0.5))
-"""How an exam's map is refined: first by what was learned, then on a finer grid."""
+COARSE = Fitting(steps=50, learned=False, smooth=0.5)
+SUPPLE = Fitting(steps=30, rate=0.006, nodes=16, size=96, learned=False, smooth=0.5)
+STIFF = replace(SUPPLE, nodes=12, window=12)
+"""How an exam's map is refined: coarsely, then on a finer grid in two ways, of which the mean is taken."""
 
 POINTS = 20_000
 BODY_HU = -950.0
@@ -97,11 +101,12 @@ def run(
     model = define(model, [(first.image, first.labels)], drawn, embedded=[seed_map])
     checkpoint.save_structures(model, out / "model")
     clock.lap("define")
+    template = template_of(model, first.image, seed_map)
     cases = []
     for index in range(unseen):
         say(f"Locating in unseen exam {index + 1} of {unseen}")
         exam = phantom.cohort_exam(index, seed + 1, SHOWN)
-        cases.append(_case(out, model, first, seed_map, exam))
+        cases.append(_case(out, model, first, seed_map, template, exam))
     clock.lap("locate")
     scores = evaluate.evaluate(out / "found", out / "unseen" / "labels", drawn)
     plain = evaluate.evaluate(out / "plain", out / "unseen" / "labels", drawn)
@@ -176,13 +181,13 @@ def affine_labels(first: PhantomExam, seed_map: Embedded, exam: Volume, exam_map
     return sample_mm(first.labels, apply(to_seed_mm, index), order="nearest", outside=0)
 
 
-def _case(out: Path, model: Model, first: PhantomExam, seed_map: Embedded, exam: PhantomExam) -> Case:
+def _case(out: Path, model: Model, first: PhantomExam, seed_map: Embedded, template: Tensor, exam: PhantomExam) -> Case:
     for part in ("found", "plain", "affine"):
         (out / part).mkdir(exist_ok=True)
     began = time.monotonic()
     read = files.read_exam(out / "unseen" / "images" / f"{exam.name}.nii.gz")
     plain_map = embed(model, read)
-    exam_map = _refined(model, read, plain_map)
+    exam_map = _refined(model, read, plain_map, template)
     found = locate(model, read, embedded=exam_map)
     outputs.write_answer(out / "found", read, found, model)
     seconds = time.monotonic() - began
@@ -195,10 +200,9 @@ def _case(out: Path, model: Model, first: PhantomExam, seed_map: Embedded, exam:
     return Case(exam.name, exam.field_of_view, error_mm, plain_mm, affine_mm, solved, seconds, picture)
 
 
-def _refined(model: Model, exam: Volume, embedded: Embedded) -> Embedded:
-    for how in REFINED:
-        embedded = refine(model, exam, embedded, how)
-    return embedded
+def _refined(model: Model, exam: Volume, embedded: Embedded, template: Tensor | None = None) -> Embedded:
+    embedded = refine(model, exam, embedded, COARSE, template=template)
+    return mean_of([refine(model, exam, embedded, how, template=template) for how in (SUPPLE, STIFF)])
 
 
 def _masks(found: dict[str, Found]) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ class Fitted(NamedTuple):
     """The residuals found, and the loss of every exam before and after."""
 
     residual: Coordinates
-    """(batch, 3, nodes, nodes, nodes), atlas units, in the exams' box: to be added to the map after `grid.resize`."""
+    """(batch, 3, i, j, k) on the exams' grid, atlas units: to be added to the maps."""
     before: Tensor
     after: Tensor
 
@@ -43,24 +43,25 @@ def fit(
     start = c_atlas.detach()
     target = autoencoder_features(describe, exams.image, exams.mm_per_box)
     compared = exams.foreground & ~cut_off(start, exams.foreground, atlas.image)
-    residual = torch.zeros(len(start), 3, *(how.nodes,) * 3, device=start.device, requires_grad=True)
-    optimiser = torch.optim.Adam([residual], lr=how.rate)
-    best, before = residual.detach().clone(), None
+    shape = tuple(start.shape[2:])
+    control = torch.zeros(len(start), 3, *(how.nodes,) * 3, device=start.device, requires_grad=True)
+    optimiser = torch.optim.Adam([control], lr=how.rate)
+    best, before = control.detach().clone(), None
     lowest = torch.full((len(start),), torch.inf, device=start.device)
     for step in range(how.steps + 1):
-        moved = start + grid.resize(residual, tuple(start.shape[2:]))
+        moved = start + grid.spline(control, shape)
         terms = explicit_terms(moved, exams, atlas, describe, target, weights.window, compared)
         loss = (
             weights.explicit * terms.similarity + weights.edges * terms.edges + weights.smooth_explicit * terms.smooth
         )
         better = loss.detach() < lowest
         lowest = torch.where(better, loss.detach(), lowest)
-        best = torch.where(better.view(-1, 1, 1, 1, 1), residual.detach(), best)
+        best = torch.where(better.view(-1, 1, 1, 1, 1), control.detach(), best)
         before = loss.detach() if before is None else before
         if step < how.steps:
-            (residual.grad,) = torch.autograd.grad(loss.sum(), residual)
+            (control.grad,) = torch.autograd.grad(loss.sum(), control)
             optimiser.step()
-    return Fitted(best, before, lowest)
+    return Fitted(grid.spline(best, shape), before, lowest)
 
 
 def carried(field: Features, to_field_box: Affine, shape: tuple[int, int, int]) -> Features:

@@ -40,6 +40,28 @@ def resize(field: Features, shape: tuple[int, int, int]) -> Features:
     return F.interpolate(field, size=tuple(shape), mode="trilinear", align_corners=True)
 
 
+def spline(control: Features, shape: tuple[int, int, int]) -> Features:
+    """A smooth field on a grid from few control points: cubic B-splines along each axis.
+
+    Args:
+        control: (batch, channel, n, n, n) with n ≥ 4, evenly spaced; the outermost lie one step outside the box, so
+            that each place in it has four neighbours along every axis. Equal control points give a uniform field.
+    """
+    for axis, nodes in zip((2, 3, 4), shape, strict=True):
+        weights = _spline_weights(control.shape[axis], nodes).to(control)
+        control = (control.movedim(axis, -1) @ weights).movedim(-1, axis)
+    return control.contiguous()
+
+
+@cache
+def _spline_weights(controls: int, nodes: int) -> Float[Tensor, "control node"]:
+    """How much of each control point every node of an axis takes."""
+    place = torch.linspace(1, controls - 2, nodes, dtype=torch.float64)
+    away = (torch.arange(controls, dtype=torch.float64)[:, None] - place).abs()
+    near, far = 2 / 3 - away**2 + away**3 / 2, (2 - away).clamp_min(0) ** 3 / 6
+    return torch.where(away < 1, near, far)
+
+
 def neighbours(field: Features, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """A field shifted by one node down, as it is, and shifted by one up along an axis; the faces repeat."""
     first, last = field.narrow(axis, 0, 1), field.narrow(axis, field.shape[axis] - 1, 1)

@@ -338,6 +338,27 @@ def _found(structure: Structure, coverage: float, place, exam: Volume, alike: "L
     )
 
 
+NOWHERE = {"volume_ml": None, "centroid_mm": None, "box_mm": None}
+
+
+def redrawn(found: dict[str, Found], owner: np.ndarray, exam: Volume) -> dict[str, Found]:
+    """The same structures with other masks; one without a voxel left is absent.
+
+    Args:
+        owner: which of them a voxel belongs to, counted from 0, −1 for none; on the exam's own grid.
+    """
+    result = {}
+    for number, (name, one) in enumerate(found.items()):
+        index = np.argwhere(owner == number) if one.status != "absent" else np.zeros((0, 3), dtype=int)
+        if not len(index):
+            result[name] = replace(one, status="absent", confidence=None, owner=None, number=-1, **NOWHERE)
+            continue
+        places = apply(exam.affine, index)
+        span = np.stack([places.sum(axis=0), places.min(axis=0), places.max(axis=0)], axis=1)
+        result[name] = replace(one, owner=owner, number=number, **extent(len(index), span, exam))
+    return result
+
+
 def extent(count: int, span: np.ndarray, exam: Volume) -> dict[str, Any]:
     """Volume, centroid and box of so many voxels of an exam, from the sum, the lowest and the highest of their places
     in mm, (axis, 3)."""

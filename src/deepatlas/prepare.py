@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from deepatlas.config import CUBE
 from deepatlas.errors import ExamError, LabelError
-from deepatlas.volume import Volume, apply, to_ras
+from deepatlas.volume import Volume, apply, planes_mm, to_ras
 
 AIR_HU = -1024.0
 """What lies outside the field of view, and the floor of every HU: paddings below it are raised to it."""
@@ -115,6 +116,31 @@ def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
     return Prepared(hu, foreground(hu), ras.affine @ _box_to_voxel(ras.shape, size))
 
 
+def prepare_cube(volume: Volume, size: int, box_to_mm: np.ndarray) -> Prepared:
+    """What an exam shows in a cube that lies anywhere in it, also turned; air where the exam does not reach.
+
+    HU are read linearly at (2·size)³ points and averaged over 2³, as `prepare` does.
+
+    Args:
+        box_to_mm: −1 … +1 over the cube, its corners included → mm (RAS), (4, 4).
+
+    Raises:
+        ExamError: hardly any of the patient lies in the cube.
+
+    Source: §5.2.4.
+    """
+    fine = np.diag([2.0 / (2 * size)] * 3 + [1.0])  # index of a point → box: points stand in the middle of their voxels
+    fine[:3, 3] = 0.5 / size - 1.0
+    to_mm = box_to_mm @ fine
+    hu = np.empty((size,) * 3, dtype=np.float32)
+    planes = planes_mm((2 * size,) * 3, to_mm)
+    for plane in range(size):
+        pair = [sample_mm(volume, next(planes)) for _ in range(2)]
+        hu[plane] = np.mean(pair, axis=0).reshape(size, 2, size, 2).mean(axis=(1, 3))
+    hu = np.maximum(hu, AIR_HU)
+    return Prepared(hu, foreground(hu), box_to_mm @ np.diag([(size - 1) / size] * 3 + [1.0]))
+
+
 def fixed_extent_mm(region: str) -> float | None:
     """The edge of the cube that a region such as "320mm" names; None for "body" and "exam".
 
@@ -123,6 +149,8 @@ def fixed_extent_mm(region: str) -> float | None:
     """
     if region in ("body", "exam"):
         return None
+    if region.startswith(CUBE):
+        raise ExamError("The model sees a cube that a coarser model has to find first; give that model instead.")
     number = region.removesuffix("mm")
     if region.endswith("mm") and number.replace(".", "", 1).isdigit() and 16 <= float(number) <= 4000:
         return float(number)

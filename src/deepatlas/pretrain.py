@@ -20,17 +20,17 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from deepatlas import affine, augment, checkpoint, grid, warp
-from deepatlas.atlas import Structure
+from deepatlas.atlas import Region, Structure
 from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.checkpoint import MARGIN, Model
-from deepatlas.config import Augmentation, ConsolidationStage, Preset
+from deepatlas.config import CUBE, Augmentation, ConsolidationStage, Preset
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.fitting import carried, fit
 from deepatlas.loop import Progress, Reporter, csv_log
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, likeness, objective
-from deepatlas.prepare import Prepared, fixed_extent_mm, window
+from deepatlas.prepare import Prepared, window
 from deepatlas.store import Cohort
 
 LOG = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class Cohorted(NamedTuple):
     size: int
     region: str
     fine: Fine | None = None
+    start: Tensor | None = None
+    """Of crops, the maps that the model above gives them: (exam, 3, m, m, m), see `deepatlas.store.CohortArrays`."""
 
     @property
     def finest(self) -> int:
@@ -195,7 +197,7 @@ class Run:
         self.level = self.network.coarsest
         self.optimiser: torch.optim.Adam | None = None
         self.from_model = False
-        self.crops = fixed_extent_mm(data.region) is None  # else every exam is shown at the scale of the seed
+        self.crops = data.region in ("body", "exam")  # else every exam is shown at the scale of the seed
         self.failures = 0
         finest = (preset.network.sizes[0],) * 3
         fitted = len(data.names) if preset.consolidation else 0
@@ -213,22 +215,39 @@ class Run:
             )
         index = data.names.index(seed_exam) if seed_exam else by_anatomy(data)[0]
         run = cls(data, preset, index, device)
-        if base is not None:
+        if data.region.startswith(CUBE):
+            run.go_closer(base)
+        elif base is not None:
             if (base.size, base.region) != (data.size, data.region):
                 raise CohortError(
                     f"The model prepares exams at {base.size}³ with region {base.region!r}, the cohort holds "
                     f"{data.size}³ with {data.region!r}; prepare it again."
                 )
-            if base.network.config != preset.network:
-                raise ModelError(
-                    "The model's network is not of the preset's size; choose the preset it was trained with."
-                )
-            run.network.load_state_dict(base.network.state_dict())
-            run.autoencoder.load_state_dict(base.autoencoder.state_dict())
+            run.take_over(base)
             run.atlas.data.copy_(grid.resize(base.atlas, tuple(run.atlas.shape[2:])))
-            run.seed_box_to_mm, run.seed_name = base.seed_box_to_mm, base.seed_exam
-            run.structures, run.level, run.from_model = base.structures, base.level, True
+            run.seed_box_to_mm, run.structures = base.seed_box_to_mm, base.structures
         return run
+
+    def take_over(self, base: Model) -> None:
+        """Begin with the networks of a trained model."""
+        if base.network.config != self.preset.network:
+            raise ModelError("The model's network is not of the preset's size; choose the preset it was trained with.")
+        self.network.load_state_dict(base.network.state_dict())
+        self.autoencoder.load_state_dict(base.autoencoder.state_dict())
+        self.seed_name, self.level, self.from_model = base.seed_exam, base.level, True
+
+    def go_closer(self, base: Model | None) -> None:
+        """Begin with the cube of a trained model's atlas that the cohort's crops show. Source: §5.2.4."""
+        if base is None or not self.preset.consolidation or self.data.start is None:
+            raise CohortError(
+                "The cohort holds crops made by a model; train on them with --from that model and a preset that fits "
+                'maps, such as "finer".'
+            )
+        self.take_over(base)
+        cube = Region.from_text(self.data.region).to_atlas()
+        where = grid.identity(tuple(self.atlas.shape[2:])) / MARGIN
+        self.atlas.data.copy_(grid.sample(base.atlas, affine.apply(cube[None].float(), where)))
+        self.seed_box_to_mm = base.atlas_to_mm @ cube
 
     def stages(self) -> list[tuple[str, int, Callable[[int, int], dict[str, float]]]]:
         """Name, steps and step function of every stage, in order."""
@@ -281,7 +300,7 @@ class Run:
         if step == 0:
             with torch.no_grad():
                 for exam in range(len(self.data.names)):
-                    c_atlas = self.network(self.data.image[[exam]], self.level)
+                    c_atlas = self._predicted([exam], number)
                     self.targets[[exam]] = grid.resize(c_atlas, finest).clamp(-0.999, 0.999)
                 self.atlas.data.copy_(self.mean_atlas(learned_from))
         exams = learned_from[step * self.preset.batch : (step + 1) * self.preset.batch]
@@ -289,11 +308,11 @@ class Run:
         views, box_to_mm = self.data.views(exams, how.size)
         to_coarse = torch.linalg.inv(self.data.box_to_mm[exams]) @ box_to_mm
         with torch.no_grad():
-            c_atlas = self.network(self.data.image[exams], self.level)
+            c_atlas = self._predicted(exams, number)
             start = carried(c_atlas, to_coarse, shape)
         weights, mm_per_atlas = self.preset.weights, self._mm_per_atlas()
         found = fit(start, views, Atlas(self.atlas.detach(), mm_per_atlas), self.autoencoder, weights, how)
-        fitted = start + grid.resize(found.residual, shape)
+        fitted = start + found.residual
         describe = self.autoencoder if how.learned else Intensities()
         target = autoencoder_features(describe, views.image, views.mm_per_box)
         for _ in range(stage.fitting.atlas_steps):
@@ -305,6 +324,14 @@ class Run:
         if exams[-1] == learned_from[-1] and not how.atlas_steps:
             self.atlas.data.copy_(self.mean_atlas(learned_from))
         return {"loss": float(found.after.mean()), "explicit": float(found.before.mean())}
+
+    def _predicted(self, exams: list[int], number: int) -> Tensor:
+        """The network's maps; before it has seen any crop, those that the model above gives them."""
+        if number > 0 or self.data.start is None:
+            return self.network(self.data.image[exams], self.level)
+        inner = (self.data.size - 1) / self.data.size  # the middle of the outermost voxels, in the cube
+        places = inner * grid.identity((self.data.size,) * 3, device=self.device)
+        return grid.sample(self.data.start[exams].to(self.device), places.expand(len(exams), -1, -1, -1, -1))
 
     def mean_atlas(self, exams: list[int]) -> Tensor:
         """The mean of exams, each carried into the atlas by its target; the atlas as it is where none reaches.
@@ -577,7 +604,8 @@ def _load(path: Path, preset: Preset, device: str) -> Cohorted:
             for part in ("hu", "foreground", "box_to_mm")
         )
     image = torch.from_numpy(window(hu.numpy()))[:, None].to(device)
-    return Cohorted(names, image, foreground[:, None].to(device), box_to_mm, preset.network.size, region, fine)
+    start = None if arrays.start is None else torch.from_numpy(arrays.start.astype(np.float32))
+    return Cohorted(names, image, foreground[:, None].to(device), box_to_mm, preset.network.size, region, fine, start)
 
 
 def _batch(exams: int, batch: int, step: int, seed: int) -> list[int]:

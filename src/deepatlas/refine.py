@@ -5,8 +5,9 @@ Not in the paper. The network is left alone; see `deepatlas.fitting`. `docs/reci
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from deepatlas import grid
+from deepatlas import affine, grid, warp
 from deepatlas.checkpoint import Model
 from deepatlas.config import FINE, Fitting, Weights
 from deepatlas.fitting import carried, fit
@@ -18,13 +19,19 @@ from deepatlas.volume import Volume
 
 
 def refine(
-    model: Model, exam: Volume, embedded: Embedded, how: Fitting | None = None, weights: Weights | None = None
+    model: Model,
+    exam: Volume,
+    embedded: Embedded,
+    how: Fitting | None = None,
+    weights: Weights | None = None,
+    template: Tensor | None = None,
 ) -> Embedded:
     """The same exam with a map that fits the atlas better; never one that fits it worse.
 
     Args:
         exam: prepared anew where ``how`` compares on a finer grid than the network's.
         embedded: the exam with its map, from `deepatlas.locate.embed`.
+        template: an image in the atlas's place, (1, 1, n, n, n), such as `template_of`.
 
     Source: ours, on the explicit objective of §5.1.2 (eq. 3).
     """
@@ -38,9 +45,31 @@ def refine(
         foreground=grid.resize(torch.from_numpy(fine.foreground)[None, None].float(), shape) > 0.5,
         mm_per_box=torch.from_numpy(fine.box_to_mm[None, :3, :3]).float(),
     )
-    atlas = Atlas(model.atlas, model.atlas_to_mm[None, :3, :3].float())
+    atlas = Atlas(model.atlas if template is None else template, model.atlas_to_mm[None, :3, :3].float())
     with denormals_are_zero():
         start = carried(embedded.c_atlas, to_coarse, shape)
         found = fit(start, views, atlas, model.autoencoder, weights or Weights(), how)
     moved = carried(found.residual, torch.linalg.inv(to_coarse), tuple(embedded.c_atlas.shape[2:]))
     return Embedded(coarse, (embedded.c_atlas + moved).clamp(-1, 1))
+
+
+def mean_of(maps: list[Embedded]) -> Embedded:
+    """The mean of several maps of one exam: fits over different control points err differently."""
+    return Embedded(maps[0].prepared, torch.stack([one.c_atlas for one in maps]).mean(dim=0))
+
+
+def template_of(model: Model, exam: Volume, embedded: Embedded) -> Tensor:
+    """One exam in the atlas's place, (1, 1, n, n, n); the atlas where it shows nothing.
+
+    Structures that were drawn on a single exam lie in the atlas by that exam's own map. Fitted to that very exam,
+    another one finds them whatever the error of that map is.
+
+    Args:
+        embedded: the exam with the map that its structures were made by.
+    """
+    shape = tuple(model.atlas.shape[2:])
+    fine = prepare(exam, 2 * embedded.prepared.size, model.region)
+    found = warp.implicit(embedded.c_atlas, grid.identity(shape), embedded.foreground)
+    to_fine = torch.from_numpy(np.linalg.inv(fine.box_to_mm) @ embedded.prepared.box_to_mm)[None].float()
+    image = grid.sample(torch.from_numpy(fine.image)[None, None], affine.apply(to_fine, found.phi_box))
+    return torch.where(found.valid, image, model.atlas)

@@ -92,7 +92,7 @@ def from_structures(model: Model, name: str, structures: Iterable[str], margin_m
     if not np.isfinite(low).all():
         raise RegionError(f"The structures of {name} have no voxel in the atlas; define them again.")
     margin = margin_mm / np.linalg.norm(model.atlas_to_mm.numpy()[:3, :3], axis=0)
-    region = _region(name, low - margin, high + margin)
+    region = Region.whole(name, torch.from_numpy(np.stack([low - margin, high + margin])))
     within = [one.membership(region.nodes_atlas())[0, 0] > one.level for one in chosen]
     return replace(region, counted=torch.stack(within).any(dim=0))
 
@@ -113,17 +113,13 @@ def from_box(model: Model, name: str, embedded: Embedded, box: Box) -> Region:
     expected = linear_to_atlas(embedded) @ box.to_mm[:3, :3]
     to_atlas_box = robust_affine(cube[shown], c[0].T.double().numpy()[shown], expected, least=0.0)
     corners = apply(to_atlas_box, np.stack(np.meshgrid(*[(-1, 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3))
-    region = _region(name, corners.min(axis=0), corners.max(axis=0))
+    region = Region.whole(name, torch.from_numpy(np.stack([corners.min(axis=0), corners.max(axis=0)])))
     valid = from_atlas(embedded, region.nodes_atlas().flatten(2)).valid
     return replace(region, counted=torch.from_numpy(valid).view_as(region.counted))
 
 
 LEAST_NODES = 8
 """So many nodes must be found before an affine map is fitted to them."""
-
-
-def _region(name: str, low: np.ndarray, high: np.ndarray) -> Region:
-    return Region(name, torch.from_numpy(np.stack([low, high])).float(), torch.ones(*(REGION_NODES,) * 3).bool())
 
 
 def show(region: Region, embedded: Embedded) -> Shown:

@@ -5,7 +5,8 @@ The format, version 1. Attributes of the root:
     format   "deepatlas-cohort"
     version  1
     size     voxels along each axis, n
-    region   "body", "exam" or the edge of a cube such as "320mm", see `deepatlas.prepare.prepare`
+    region   "body", "exam" or the edge of a cube such as "320mm", see `deepatlas.prepare.prepare`; of crops "cube",
+             its box of the atlas and its name, see `deepatlas.cascade`
     failed   JSON object: exam name → why it could not be prepared, from the latest build
 
 Datasets, all resizable along their first axis, uncompressed, the volumes in chunks of one exam:
@@ -13,6 +14,7 @@ Datasets, all resizable along their first axis, uncompressed, the volumes in chu
     hu          int16   (N, n, n, n)  HU before any windowing, rounded; axes R, A, S
     foreground  uint8   (N, n, n, n)  1 where the patient is
     box_to_mm   float64 (N, 4, 4)     box (−1…+1 over the centres of the corner voxels) → mm (RAS+)
+    start       float16 (N, 3, 32, 32, 32)  of crops alone: coordinates to start from, over the cube from face to face
     names       utf-8   (N,)          one per exam, each once, sorted; the rows of all datasets stand in this order
 
 HDF5 does not survive a process that is killed while it writes. So a build appends each exam, with its checksum, to a
@@ -29,6 +31,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,14 +41,29 @@ from typing import BinaryIO, NamedTuple, Self
 import h5py
 import numpy as np
 
+from deepatlas.config import CUBE
 from deepatlas.errors import CohortError, DeepAtlasError, ExamError
-from deepatlas.files import exam_name, find_exams, read_exam
-from deepatlas.prepare import fixed_extent_mm, prepare
+from deepatlas.files import Exam, exam_name, find_exams, read_exam
+from deepatlas.prepare import Prepared, fixed_extent_mm, prepare
 
 FORMAT = "deepatlas-cohort"
 VERSION = 1
 JOURNAL_FORMAT = "deepatlas-cohort-journal"
 FLUSH_EVERY = 8
+START_NODES = 32
+"""Along each axis of the coordinates that a cohort of crops comes with."""
+
+
+def _kinds(region: str) -> dict[str, str]:
+    """The arrays of a cohort and their types; crops have one more."""
+    return {"hu": "<i2", "foreground": "|u1", "box_to_mm": "<f8"} | (
+        {"start": "<f2"} if region.startswith(CUBE) else {}
+    )
+
+
+def _shape(key: str, size: int) -> tuple[int, ...]:
+    """The shape of an exam's part of an array."""
+    return {"box_to_mm": (4, 4), "start": (3, *(START_NODES,) * 3)}.get(key, (size,) * 3)
 
 
 class CohortArrays(NamedTuple):
@@ -55,6 +73,9 @@ class CohortArrays(NamedTuple):
     hu: np.ndarray
     foreground: np.ndarray
     box_to_mm: np.ndarray
+    start: np.ndarray | None = None
+    """Of crops, the coordinates that the model above gave them: float16 (N, 3, m, m, m), m = `START_NODES`, over the
+    cube from face to face, in the frame of the finer atlas."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +88,20 @@ class BuildReport:
     repaired: dict[str, str] = field(default_factory=dict)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """One prepared exam, as `CohortArrays` holds many."""
+
     hu: np.ndarray
     foreground: np.ndarray
     box_to_mm: np.ndarray
     repairs: tuple[str, ...]
+    start: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, prepared: Prepared, repairs: tuple[str, ...], start: np.ndarray | None = None) -> Self:
+        """A prepared exam, its HU rounded."""
+        hu = np.clip(np.rint(prepared.hu), -32768, 32767).astype(np.int16)
+        return cls(hu, prepared.foreground, prepared.box_to_mm, repairs, start)
 
 
 class Cohort:
@@ -126,17 +156,17 @@ class Cohort:
 
     def load(self) -> CohortArrays:
         """Everything, in memory, sorted by name."""
-        arrays = []
+        arrays = {}
         try:
-            for key in ("hu", "foreground", "box_to_mm"):
+            for key in _kinds(self.region):
                 data = self._file[key]
-                arrays.append(np.empty(data.shape, dtype=data.dtype))
+                arrays[key] = np.empty(data.shape, dtype=data.dtype)
                 if len(self):
-                    data.read_direct(arrays[-1])
+                    data.read_direct(arrays[key])
         except (OSError, RuntimeError) as error:
             raise CohortError(f"{self.path.name}: expected whole arrays, got {_line(error)}; build it again.") from None
-        hu, foreground, box_to_mm = arrays
-        return CohortArrays(list(self.names), hu, foreground.view(bool), box_to_mm)
+        arrays["foreground"] = arrays["foreground"].view(bool)
+        return CohortArrays(list(self.names), **arrays)
 
 
 def build(
@@ -147,6 +177,7 @@ def build(
     workers: int | None = None,
     on_progress: Callable[[int, int, str], None] | None = None,
     executor: Executor | None = None,
+    cut: Callable[[Exam], Row] | None = None,
 ) -> BuildReport:
     """Prepare a folder of exams into a cohort file, or go on with one.
 
@@ -162,6 +193,7 @@ def build(
         workers: processes; None takes one per core, 0 works in this process.
         on_progress: called in this process as `on_progress(done, total, name)` after each exam.
         executor: where to prepare, instead of own processes; it is left open.
+        cut: makes crops instead of `prepare`, in this process, of the region that `region` describes.
 
     Raises:
         ExamError: `inputs` holds no exam.
@@ -185,7 +217,8 @@ def build(
     try:
         stored.update(journal.rows)
         todo = [name for name in sorted(exams) if name not in stored]
-        results = _prepared([(name, exams[name]) for name in todo], size, region, workers, executor)
+        work = partial(_cut_file, cut=cut) if cut else partial(_prepare_file, size=size, region=region)
+        results = _prepared([(name, exams[name]) for name in todo], work, 0 if cut else workers, executor)
         try:
             for done, (name, outcome) in enumerate(results, start=1):
                 if isinstance(outcome, str):
@@ -231,7 +264,7 @@ class _Journal:
         """Open or make the journal of a cohort, alone, and find its exams."""
         self.path = cohort.with_name(f".{cohort.name}.journal")
         self.rows: dict[str, int] = {}  # name -> where its bytes begin
-        self._size = size
+        self._size, self._kinds = size, _kinds(region)
         try:
             self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115
         except OSError as error:
@@ -245,7 +278,7 @@ class _Journal:
 
     @property
     def _length(self) -> int:
-        return 3 * self._size**3 + 16 * 8
+        return sum(np.dtype(kind).itemsize * np.prod(_shape(key, self._size)) for key, kind in self._kinds.items())
 
     def _recover(self, region: str, cohort: Path) -> None:
         settings = {"format": JOURNAL_FORMAT, "version": VERSION, "size": self._size, "region": region}
@@ -278,10 +311,9 @@ class _Journal:
             good = self._file.tell()
         self._file.truncate(good)
 
-    def append(self, name: str, row: _Row) -> None:
+    def append(self, name: str, row: Row) -> None:
         """Write one exam at the end."""
-        data = row.hu.astype("<i2").tobytes() + row.foreground.astype(np.uint8).tobytes()
-        data += row.box_to_mm.astype("<f8").tobytes()
+        data = b"".join(getattr(row, key).astype(kind).tobytes() for key, kind in self._kinds.items())
         self._file.seek(0, os.SEEK_END)
         self._file.write(json.dumps({"name": name, "crc": zlib.crc32(data)}).encode() + b"\n")
         start = self._file.tell()
@@ -290,15 +322,15 @@ class _Journal:
         if len(self.rows) % FLUSH_EVERY == 0:
             self._file.flush()
 
-    def read(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """HU, foreground (0 and 1) and box_to_mm of one exam."""
+    def read(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of one exam."""
         self._file.seek(self.rows[name])
-        data = self._file.read(self._length)
-        voxels = self._size**3
-        grid = (self._size,) * 3
-        hu = np.frombuffer(data, "<i2", voxels).reshape(grid)
-        foreground = np.frombuffer(data, np.uint8, voxels, 2 * voxels).reshape(grid)
-        return hu, foreground, np.frombuffer(data, "<f8", 16, 3 * voxels).reshape(4, 4)
+        found = {}
+        for key, kind in self._kinds.items():
+            shape = _shape(key, self._size)
+            numbers = self._file.read(np.dtype(kind).itemsize * int(np.prod(shape)))
+            found[key] = np.frombuffer(numbers, kind).reshape(shape)
+        return found
 
     def close(self, remove: bool) -> None:
         """Close the journal, and remove it once its exams are in the cohort."""
@@ -328,22 +360,21 @@ def _merge(cohort: Path, journal: _Journal, size: int, region: str, failed: dict
     try:
         before = {} if old is None else {name: row for row, name in enumerate(_header(old, cohort)[2])}
         names = sorted(before.keys() | journal.rows.keys())
-        grid = (size, size, size)
         with h5py.File(part, "w") as file:
             file.attrs.update(format=FORMAT, version=VERSION, size=size, region=region, failed=json.dumps(failed))
             rows = len(names)
-            chunk = (1, *grid)
-            hu = file.create_dataset("hu", (rows, *grid), "<i2", maxshape=(None, *grid), chunks=chunk)
-            inside = file.create_dataset("foreground", (rows, *grid), "u1", maxshape=(None, *grid), chunks=chunk)
-            boxes = file.create_dataset("box_to_mm", (rows, 4, 4), "<f8", maxshape=(None, 4, 4), chunks=(64, 4, 4))
+            sets = {}
+            for key, kind in _kinds(region).items():
+                shape, chunk = _shape(key, size), 64 if key == "box_to_mm" else 1
+                sets[key] = file.create_dataset(
+                    key, (rows, *shape), kind, maxshape=(None, *shape), chunks=(chunk, *shape)
+                )
             kind = h5py.string_dtype("utf-8")
             file.create_dataset("names", (rows,), kind, data=names, maxshape=(None,), chunks=(256,))
             for row, name in enumerate(names):
-                if name in journal.rows:
-                    hu[row], inside[row], boxes[row] = journal.read(name)
-                else:
-                    source = before[name]
-                    hu[row], inside[row], boxes[row] = (old[key][source] for key in ("hu", "foreground", "box_to_mm"))
+                arrays = journal.read(name) if name in journal.rows else None
+                for key, data in sets.items():
+                    data[row] = old[key][before[name]] if arrays is None else arrays[key]
         with open(part, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(part, cohort)
@@ -354,36 +385,41 @@ def _merge(cohort: Path, journal: _Journal, size: int, region: str, failed: dict
         part.unlink(missing_ok=True)
 
 
-def _prepare_file(path: Path, size: int, region: str) -> _Row:
+def _prepare_file(path: Path, size: int, region: str) -> Row:
     """Read and prepare one exam; runs in a worker."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # repairs go into the report
         exam = read_exam(path)
-    prepared = prepare(exam, size, region)
-    hu = np.clip(np.rint(prepared.hu), -32768, 32767).astype(np.int16)
-    return _Row(hu, prepared.foreground, prepared.box_to_mm, exam.repairs)
+    return Row.of(prepare(exam, size, region), exam.repairs)
+
+
+def _cut_file(path: Path, cut: Callable[[Exam], Row]) -> Row:
+    """Read one exam and cut it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cut(read_exam(path))
 
 
 def _prepared(
-    todo: list[tuple[str, Path]], size: int, region: str, workers: int | None, executor: Executor | None
-) -> Iterator[tuple[str, _Row | str]]:
+    todo: list[tuple[str, Path]], work: Callable[[Path], Row], workers: int | None, executor: Executor | None
+) -> Iterator[tuple[str, Row | str]]:
     """Each exam's row, or why there is none, in the order given; a few are on the way at any time."""
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, len(todo))
     if executor is None and workers <= 1:
         for name, path in todo:
-            yield name, _outcome(lambda path=path: _prepare_file(path, size, region))
+            yield name, _outcome(lambda path=path: work(path))
         return
     own = executor is None
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if executor is None else executor
     ahead = 4 * max(workers, 4)
-    waiting: list[tuple[str, Future[_Row]]] = []
+    waiting: list[tuple[str, Future[Row]]] = []
     source = iter(todo)
     try:
         while True:
             while len(waiting) < ahead and (following := next(source, None)) is not None:
-                waiting.append((following[0], pool.submit(_prepare_file, following[1], size, region)))
+                waiting.append((following[0], pool.submit(work, following[1])))
             if not waiting:
                 return
             name, future = waiting.pop(0)
@@ -395,7 +431,7 @@ def _prepared(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _outcome(work: Callable[[], _Row]) -> _Row | str:
+def _outcome(work: Callable[[], Row]) -> Row | str:
     try:
         return work()
     except DeepAtlasError as error:
@@ -443,11 +479,10 @@ def _header(file: h5py.File, path: Path) -> tuple[int, str, list[str]]:
         if not isinstance(json.loads(attributes["failed"]), dict):
             raise TypeError("failed is no table")
         names = [name.decode("utf-8") for name in file["names"][:]]
-        found = {key: (file[key].shape, file[key].dtype.str) for key in ("hu", "foreground", "box_to_mm")}
+        found = {key: (file[key].shape, file[key].dtype.str) for key in _kinds(region)}
     except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise CohortError(f"{path.name}: expected a whole cohort, got {_line(error)}; build it again.") from None
-    grid = (len(names), size, size, size)
-    if found != {"hu": (grid, "<i2"), "foreground": (grid, "|u1"), "box_to_mm": ((len(names), 4, 4), "<f8")}:
+    if found != {key: ((len(names), *_shape(key, size)), kind) for key, kind in _kinds(region).items()}:
         raise CohortError(
             f"{path.name}: expected {len(names)} exams of {size}³ voxels, got {found['hu'][0]}; build it again."
         )
@@ -468,7 +503,8 @@ def _check_new(path: Path, size: int, region: str) -> None:
     if size < 4:
         raise CohortError(f"Expected a size of at least 4, got {size}; 64 is usual.")
     try:
-        fixed_extent_mm(region)
+        if not region.startswith(CUBE):
+            fixed_extent_mm(region)
     except ExamError as error:
         raise CohortError(str(error)) from None
     if not path.absolute().parent.is_dir():

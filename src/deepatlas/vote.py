@@ -6,7 +6,7 @@ Source: Φ_pq of §5.1.1; weights by local similarity as in multi-atlas segmenta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from deepatlas import grid
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
-from deepatlas.locate import Embedded, Found, extent, locate
+from deepatlas.locate import Embedded, Found, locate, redrawn
 from deepatlas.objective import local_correlation
 from deepatlas.prepare import Prepared, sample_mm
 from deepatlas.register import fitted, matches
@@ -98,16 +98,4 @@ def locate_by_vote(
         names: structure → number in the voters' label maps.
     """
     owner = vote(model, exam, embedded, voters, list(names.values()), fine)
-    voted = {}
-    for number, (name, one) in enumerate(locate(model, exam, names, embedded).items()):
-        index = np.argwhere(owner == number) if one.status != "absent" else np.zeros((0, 3), dtype=int)
-        if not len(index):
-            voted[name] = replace(one, status="absent", confidence=None, owner=None, **NOWHERE)
-            continue
-        places = apply(exam.affine, index)
-        span = np.stack([places.sum(axis=0), places.min(axis=0), places.max(axis=0)], axis=1)
-        voted[name] = replace(one, owner=owner, number=number, **extent(len(index), span, exam))
-    return voted
-
-
-NOWHERE = {"volume_ml": None, "centroid_mm": None, "box_mm": None}
+    return redrawn(locate(model, exam, names, embedded), owner, exam)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from deepatlas.cli.options import (
+    CascadeOption,
     CopiesOption,
     DeviceOption,
     ExamOption,
@@ -21,7 +22,7 @@ from deepatlas.cli.options import (
 )
 from deepatlas.cli.reading import load, mapped, names_in, read_json, table_of_names
 from deepatlas.cli.speech import counting, each_exam, end
-from deepatlas.errors import DeepAtlasError, StructureError
+from deepatlas.errors import DeepAtlasError, ModelError, StructureError
 
 if TYPE_CHECKING:
     from deepatlas.locate import Found
@@ -35,6 +36,7 @@ def locate(
     refined: RefineOption = False,
     copies: CopiesOption = 0,
     orient: OrientOption = False,
+    cascade: CascadeOption = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -42,7 +44,7 @@ def locate(
 
     Writes `<exam>_seg.nii.gz` and `<exam>.json`; what failed stands in `failed.json`.
     """
-    _answer(model, inputs, output, structures, Care(refined, copies, orient), overwrite, device)
+    _answer(model, inputs, output, structures, Care(refined, copies, orient), cascade, overwrite, device)
 
 
 def propose(
@@ -53,6 +55,7 @@ def propose(
     refined: RefineOption = False,
     copies: CopiesOption = 0,
     orient: OrientOption = False,
+    cascade: CascadeOption = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -64,7 +67,7 @@ def propose(
 
     outputs.claim([output / "review.csv"], overwrite)
     answers = _answer(
-        model, inputs, output, structures, Care(refined, copies, orient), overwrite, device, failing=False
+        model, inputs, output, structures, Care(refined, copies, orient), cascade, overwrite, device, failing=False
     )
     outputs.write_review(output / "review.csv", answers.found)
     typer.echo(f"{output / 'review.csv'}: {sum(map(len, answers.found.values()))} structures, the least sure first.")
@@ -142,6 +145,7 @@ def _answer(
     output: Path,
     structures: str | None,
     care: Care,
+    cascade: bool,
     overwrite: bool,
     device: str,
     failing: bool = True,
@@ -150,9 +154,16 @@ def _answer(
     from deepatlas import checkpoint, files, outputs
     from deepatlas.locate import locate as find
 
+    if cascade:
+        from deepatlas.cascade import locate as find
     paths = files.find_exams(inputs)
     loaded = load(checkpoint.find(model), device)
     wanted = names_in(structures) or list(loaded.structures)
+    if cascade and not loaded.finer:
+        raise ModelError(
+            f"The model {loaded.name} has no finer model to look closer with; train one on crops of a region "
+            "(`deepatlas prepare --roi`), or leave out --cascade."
+        )
     if not wanted:
         raise StructureError(f"The model {loaded.name} knows no structure yet; teach it with `deepatlas define`.")
     outputs.check_numbers((name, loaded.structure(name).label) for name in wanted)

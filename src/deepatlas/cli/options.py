@@ -18,5 +18,8 @@ OrientOption = Annotated[bool, typer.Option("--orient", help="Try all ways the e
 CopiesOption = Annotated[
     int, typer.Option("--copies", help="Average the maps of so many augmented copies too.", min=0, max=64)
 ]
+CascadeOption = Annotated[
+    bool, typer.Option("--cascade", help="Look closer with the model's finer models, where it has any.")
+]
 RefineOption = Annotated[bool, typer.Option("--refine", help="Fit each map to its exam first: better, seconds each.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

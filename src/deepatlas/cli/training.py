@@ -1,7 +1,7 @@
 """Commands that learn: prepare, pretrain."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from deepatlas.cli.options import DeviceOption, ExamsOption
 from deepatlas.cli.reading import check_device, choice
 from deepatlas.cli.speech import counting, end, training
 from deepatlas.errors import DeepAtlasError
+
+if TYPE_CHECKING:
+    from deepatlas.cascade import Cutter
 
 
 def prepare(
@@ -19,17 +22,28 @@ def prepare(
         str, typer.Option(help='"body" cuts to the patient, "exam" takes all, "340mm" a fixed cube.')
     ] = "body",
     workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.", min=0)] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="Cut crops of --roi by this model, for a finer one.")
+    ] = None,
+    roi: Annotated[str | None, typer.Option(help="Region or structure of the model to cut out.")] = None,
 ) -> None:
     """Prepare a folder of unlabeled CT exams for training. An interrupted build goes on where it stopped."""
     from deepatlas import outputs, store
     from deepatlas.prepare import fixed_extent_mm
 
-    try:
-        fixed_extent_mm(region)
-    except DeepAtlasError as error:
-        raise typer.BadParameter(str(error), param_hint="--region") from None
+    if (model is None) != (roi is None):
+        raise typer.BadParameter("crops need both a model and a region.", param_hint="--model, --roi")
+    cut = None
+    if model is not None:
+        cut = _cutter(model, roi, size)
+        region = cut.region.as_text()
+    else:
+        try:
+            fixed_extent_mm(region)
+        except DeepAtlasError as error:
+            raise typer.BadParameter(str(error), param_hint="--region") from None
     with counting("Preparing") as count:
-        report = store.build(inputs, output, size, region, workers, on_progress=count)
+        report = store.build(inputs, output, size, region, workers, on_progress=count, cut=cut)
     outputs.write_failed(output.with_name(f"{output.name}.failed.json"), report.failed)
     typer.echo(f"{output}: {report.added} exams added, {report.kept} kept, {len(report.failed)} failed.")
     for name, reason in report.repaired.items():
@@ -37,11 +51,20 @@ def prepare(
     end(report.failed)
 
 
+def _cutter(model: str, roi: str, size: int) -> "Cutter":
+    """What cuts a region out of exams, by a model and those above it."""
+    from deepatlas import checkpoint, regions
+    from deepatlas.cascade import Cutter
+
+    models = checkpoint.lineage(checkpoint.find(model))
+    return Cutter(models, regions.region_of(models[-1], roi), size)
+
+
 def pretrain(
     cohort: Annotated[Path, typer.Option("-c", "--cohort", help="A cohort made by `deepatlas prepare`.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
     preset: Annotated[
-        str | None, typer.Option(help='"cpu", "paper" or "demo"; by default cpu, on a GPU paper.')
+        str | None, typer.Option(help='"cpu", "paper", "finer" or "demo"; by default cpu, on a GPU paper.')
     ] = None,
     seed_exam: Annotated[str | None, typer.Option(help="Exam that seeds the atlas; by default the widest.")] = None,
     start_from: Annotated[str | None, typer.Option("--from", help="Go on from this trained model.")] = None,
