@@ -841,6 +841,42 @@ def test_exams_that_cannot_be_registered_are_refused(call, taught, images, tmp_p
     assert not list(out.glob("*"))
 
 
+# Landmarks
+
+
+def test_landmarks_of_several_exams_are_found_where_they_are(model, images, call, tmp_path):
+    for folder in ("exams", "points"):
+        (tmp_path / folder).mkdir()
+    body = {"near": (-20.0, 10, 5), "far": (30.0, -20, 20)}
+    for name in ("one", "two", "bent"):
+        shutil.copy(images / f"{name}.nii.gz", tmp_path / "exams")
+    for name, shift in (("one", 0.0), ("two", 0.0)):
+        placed = {k: apply(SCANS[name].pose, np.add(v, shift)[None].astype(float))[0].tolist() for k, v in body.items()}
+        told(tmp_path / "points" / f"{name}.json", {"frame": "RAS", "unit": "mm", "points": placed})
+    code, out, _ = call("mark", "-m", model, "-i", tmp_path / "exams", "-p", tmp_path / "points")
+    assert (code, "2 landmarks from 2 exams" in out) == (0, True)
+    code, _, _ = call("points", "-m", model, "-t", images / "two.nii.gz", "-o", tmp_path / "found.json")
+    assert code == 0
+    found = json.loads((tmp_path / "found.json").read_text())["points"]
+    for name, place in body.items():
+        np.testing.assert_allclose(found[name], apply(TWO.pose, np.array(place)[None])[0], atol=0.5)
+    code, _, _ = call("points", "-m", model, "-t", images / "slab.nii.gz", "-o", tmp_path / "slab.json")
+    found = json.loads((tmp_path / "slab.json").read_text())["points"]
+    assert found["near"] is None  # below the slab
+    assert found["far"] is not None
+
+
+def test_landmarks_that_cannot_be(model, images, call, tmp_path):
+    refused(call("points", "-m", model, "-t", images / "two.nii.gz", "-o", tmp_path / "o.json"), "landmark", "mark")
+    outside = told(tmp_path / "p.json", {"frame": "RAS", "unit": "mm", "points": {"tip": [900, 0, 0]}})
+    refused(call("mark", "-m", model, "-i", images / "one.nii.gz", "-p", outside), "tip", "outside")
+    (tmp_path / "none").mkdir()
+    refused(call("mark", "-m", model, "-i", images, "-p", tmp_path / "none"), "named like an exam")
+    code, _, err = call("points", "-m", model, "-p", outside, "-t", images / "two.nii.gz", "-o", tmp_path / "o.json")
+    assert code == 2
+    assert "--from" in err
+
+
 # All of them
 
 

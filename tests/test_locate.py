@@ -16,6 +16,7 @@ from deepatlas import grid
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.errors import ExamError, StructureError
 from deepatlas.locate import ABSENT, PRESENT, Found, define, locate, owners_reference
+from deepatlas.tissue import BINS
 from deepatlas.volume import Volume, apply, reorder
 from exact import CENTRE, FRAME, OTHER, RADIUS, balls, blank, dice, exact, scan
 
@@ -163,7 +164,7 @@ def test_defining_again_replaces_and_leaves_the_others(model):
     assert list(again.structures) == ["ball", "other"]
     assert again.structure("other") is first.structure("other")
     assert again.network is first.network
-    np.testing.assert_allclose(locate(again, exam)["ball"].centroid_mm, OTHER, atol=1.0)
+    np.testing.assert_allclose(locate(again, exam, ["ball"])["ball"].centroid_mm, OTHER, atol=1.0)
     np.testing.assert_allclose(locate(first, exam)["ball"].centroid_mm, CENTRE, atol=1.0)
     assert model.structures == {}
 
@@ -250,3 +251,36 @@ def test_one_pass_over_blocks_gives_the_owners_that_sampling_everything_gives(mo
             np.diff(one.box_mm, axis=0)[0], np.ptp(mm, axis=0) + np.abs(exam.affine[:3, :3]).sum(1)
         )
     assert np.array_equal(whole[3:9:2], owners_reference(list(ready.structures.values()), seen, exam, slice(3, 9, 2)))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int16, np.int32])
+@pytest.mark.parametrize("order", ["C", "F", "strided"])
+def test_hu_are_read_as_the_exam_stores_them(model, kind, order):
+    exam, _ = scan((6.0, 5.0, 7.0), (20, -15, 30))
+    rng = np.random.default_rng(1)
+    hu = exam.array + rng.normal(0, 150, exam.shape)
+    array = np.asarray(hu, dtype=kind, order="C" if order == "strided" else order)
+    stored = np.repeat(array, 2, axis=1)[:, ::2] if order == "strided" else array
+    ready = defined(model)
+    table = torch.from_numpy(rng.normal(0, 1, (BINS, BINS))).float()
+    ready = ready.with_structures(replace(ready.structures["ball"], tissue=table))
+    noisy, seen = Volume(stored, exam.affine), exact(ready, exam)
+    found = locate(ready, noisy, embedded=seen)["ball"].mask
+    expected = owners_reference([ready.structures["ball"]], seen, Volume(array, exam.affine), slice(None)) == 0
+    assert (found != expected).sum() <= 1e-3 * expected.sum()
+    plain = ready.with_structures(replace(ready.structures["ball"], tissue=None))
+    differ = locate(plain, noisy, embedded=seen)["ball"].mask != expected
+    assert differ.sum() > 0.02 * expected.sum()  # the table has a say
+
+
+def test_bone_next_to_a_soft_structure_is_left_out(model):
+    """A ball drawn on one exam; in another, half of where it should be has turned into bone."""
+    exam, places = scan((4.0, 4.0, 4.0))
+    inside = np.linalg.norm(places - CENTRE, axis=-1) < RADIUS
+    soft = Volume(np.where(inside, 40, 300).astype(np.float32), exam.affine)
+    ready = define(model, [(soft, Volume(inside.astype(np.uint8), exam.affine))], {"ball": 1})
+    bone = inside & (np.linalg.norm(places - CENTRE, axis=-1) > 0.8 * RADIUS)
+    changed = Volume(np.where(bone, 300, soft.array), exam.affine)
+    mask = locate(ready, changed, embedded=exact(ready, changed))["ball"].mask
+    assert mask[inside & ~bone].mean() > 0.95
+    assert mask[bone].mean() < 0.7

@@ -17,7 +17,7 @@ ORDER = [
     *("errors", "shapes", "config", "machine"),
     *("kernels_cpu", "kernels_gpu", "grid", "affine", "warp", "losses", "augment", "metrics"),
     *("volume", "dicom", "phantom", "files", "markups", "prepare", "store"),
-    *("networks", "autoencoder", "atlas", "checkpoint"),
+    *("networks", "autoencoder", "tissue", "atlas", "checkpoint"),
     *("distributed", "loop", "objective", "fitting", "pretrain", "finetune", "regseg"),
     *(
         "locate",
@@ -30,9 +30,9 @@ ORDER = [
         "consistency",
         "vote",
         "outputs",
+        "cascade",
         "library",
         "assess",
-        "cascade",
         "evaluate",
         "report",
         "demo",
@@ -40,7 +40,7 @@ ORDER = [
     *("cli", "__main__"),
 ]
 EXAMS = {"volume", "dicom", "phantom", "files", "markups", "prepare", "store"}
-MODELS = {"networks", "autoencoder", "atlas", "checkpoint"}
+MODELS = {"networks", "autoencoder", "tissue", "atlas", "checkpoint"}
 DOOR = {"cli", "__main__", "__init__"}  # loads the rooms when they are asked for, so it answers for itself
 
 

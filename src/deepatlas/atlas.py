@@ -10,6 +10,7 @@ Source: §5.2.7, eq. 14.
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -46,6 +47,8 @@ class Structure:
     """A voxel belongs to the structure where the sampled mask exceeds this."""
     exams: int
     """How many labelled exams made it."""
+    tissue: Float[Tensor, "bin bin"] | None = None
+    """How HU move the log odds of the mask (`deepatlas.tissue`); None: not at all."""
 
     def renamed(self, name: str) -> "Structure":
         """The same structure under another name."""
@@ -174,6 +177,23 @@ def pull(
     values = occupancy(found.phi_box.flatten(2)).view(shape)
     known = found.valid[0, 0].to(values.dtype)
     return values * known, known
+
+
+def spread(mask: Float[Tensor, "i j k"], nodes: float) -> Float[Tensor, "i j k"]:
+    """A mask of one exam, blurred by a Gaussian of so many nodes: a single exam cannot tell how far others differ from
+    it, and a mask of zeros and ones would leave the HU of another exam (`deepatlas.tissue`) nothing to decide.
+    """
+    reach = int(np.ceil(3 * nodes))
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / nodes) ** 2)
+    kernel = kernel / kernel.sum()
+    blurred = mask[None, None]
+    for axis in range(3):
+        shape = [1, 1, 1, 1, 1]
+        shape[2 + axis] = len(kernel)
+        padding = [0] * 6
+        padding[4 - 2 * axis] = padding[5 - 2 * axis] = reach
+        blurred = F.conv3d(F.pad(blurred, padding), kernel.view(shape))
+    return blurred[0, 0]
 
 
 def least_squares(

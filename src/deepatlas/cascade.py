@@ -18,7 +18,7 @@ from deepatlas import locate as plain
 from deepatlas.atlas import Region, Structure
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.errors import ExamError
-from deepatlas.locate import Embedded, Found, embed, redrawn
+from deepatlas.locate import Embedded, Found, embed, map_prepared, redrawn
 from deepatlas.prepare import prepare_cube
 from deepatlas.shapes import Coordinates
 from deepatlas.store import START_NODES, Row
@@ -51,18 +51,19 @@ def look_closer(model: Model, finer: Model, exam: Volume, embedded: Embedded) ->
     if shown.to_mm is None:
         return None
     try:
-        prepared = prepare_cube(exam, finer.size, shown.to_mm)
-    except ExamError:
+        return map_prepared(finer, prepare_cube(exam, finer.size, shown.to_mm))
+    except ExamError:  # next to nothing of the patient
         return None
-    image = torch.from_numpy(prepared.image)[None, None]
-    with torch.inference_mode():
-        c = finer.network(image.to(finer.network.offset.device), finer.level).cpu()
-    return Embedded(prepared, grid.resize(c.clone(), prepared.hu.shape))
 
 
-def embed_by(models: list[Model], exam: Volume) -> Embedded | None:
-    """The map of an exam by the last of models, each finer than the one before it and within its view."""
-    embedded = embed(models[0], exam)
+def embed_by(models: list[Model], exam: Volume, embedded: Embedded | None = None) -> Embedded | None:
+    """The map of an exam by the last of models, each within the view of the one before it; None where it does not
+    show that much.
+
+    Args:
+        embedded: the exam with the map of the first model, where it is known already.
+    """
+    embedded = embedded or embed(models[0], exam)
     for above, finer in pairwise(models):
         embedded = look_closer(above, finer, exam, embedded)
         if embedded is None:

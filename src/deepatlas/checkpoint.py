@@ -3,7 +3,8 @@
 A model folder, format version 1:
 
 =========================  ===============================================================================
-``model.json``             format, version, sizes, preparation, seed exam, structures (name, label, level...), regions
+``model.json``             format, version, sizes, preparation, seed exam, structures (name, label, level...), regions,
+                           landmarks
 ``weights.safetensors``    network, autoencoder and atlas; half or single precision
 ``structures.safetensors`` one soft mask per structure
 ``finer/NAME/``            a model of the cube NAME of this atlas, a folder of the same kind (`deepatlas.cascade`)
@@ -30,6 +31,7 @@ from deepatlas.autoencoder import Autoencoder
 from deepatlas.config import NetworkConfig
 from deepatlas.errors import ModelError, StructureError
 from deepatlas.networks import CoordinateNetwork
+from deepatlas.tissue import BINS, MOST
 
 FORMAT = "deepatlas-model"
 VERSION = 1
@@ -59,6 +61,8 @@ class Model:
     name: str = "model"
     familiar: float = 0.0
     """An exam whose mean likeness to the aligned atlas lies below this is unlike any that was learned."""
+    landmarks: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Named points, in atlas units."""
     finer: "dict[str, Model]" = field(default_factory=dict)
     """Models of cubes of this atlas, see `deepatlas.cascade`."""
 
@@ -90,9 +94,11 @@ class Model:
         return replace(self, regions=self.regions | {r.name: r for r in added})
 
     def without(self, name: str) -> "Model":
-        """The model without one structure."""
+        """The model, and those finer than it, without one structure."""
         self.structure(name)
-        return replace(self, structures={k: s for k, s in self.structures.items() if k != name})
+        structures = {k: s for k, s in self.structures.items() if k != name}
+        finer = {k: one.without(name) if name in one.structures else one for k, one in self.finer.items()}
+        return replace(self, structures=structures, finer=finer)
 
 
 def save(model: Model, folder: Path, half: bool = False) -> None:
@@ -120,6 +126,8 @@ def _describe(model: Model, folder: Path) -> None:
     for index, structure in enumerate(model.structures.values()):
         tensors[f"{index}.mask"] = (structure.mask.clamp(0, 1) * 255).round().to(torch.uint8)
         tensors[f"{index}.known"] = (structure.known > 0).to(torch.uint8)
+        if structure.tissue is not None:
+            tensors[f"{index}.tissue"] = (255 * (structure.tissue / MOST + 1) / 2).round().to(torch.uint8)
     tensors = tensors or {"none": torch.zeros(1, dtype=torch.uint8)}
     write_tensors(folder / "structures.safetensors", tensors)
     about = {
@@ -140,6 +148,7 @@ def _describe(model: Model, folder: Path) -> None:
                 "exams": s.exams,
                 "box_atlas": s.box_atlas.tolist(),
                 "shape": list(s.mask.shape),
+                "tissue": s.tissue is not None,
             }
             for s in model.structures.values()
         ],
@@ -147,6 +156,7 @@ def _describe(model: Model, folder: Path) -> None:
             {"name": r.name, "box_atlas": r.box_atlas.tolist(), "counted": _bits(r.counted)}
             for r in model.regions.values()
         ],
+        "landmarks": {name: list(place) for name, place in model.landmarks.items()},
     }
     write_text(folder / "model.json", json.dumps(about, indent=1))
 
@@ -183,6 +193,7 @@ def load(folder: Path) -> Model:
             seed_exam=str(about["seed_exam"]),
             structures=structures,
             regions={str(entry["name"]): _region(entry) for entry in about.get("regions", [])},
+            landmarks={str(name): _place(place) for name, place in about.get("landmarks", {}).items()},
             name=folder.name,
             familiar=float(about["familiar"]),
             finer={path.parent.name: load(path.parent) for path in sorted((folder / FINER).glob("*/model.json"))},
@@ -267,6 +278,8 @@ def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
     shapes = {}
     for index, entry in enumerate(about):
         shapes |= {f"{index}.mask": tuple(entry["shape"]), f"{index}.known": tuple(entry["shape"])}
+        if entry.get("tissue"):
+            shapes[f"{index}.tissue"] = (BINS, BINS)
     shapes = shapes or {"none": (1,)}
     tensors = read_tensors(folder / "structures.safetensors", shapes, {"U8"})
     found = {}
@@ -279,6 +292,7 @@ def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
             box_atlas=torch.tensor(entry["box_atlas"], dtype=torch.float32).view(2, 3),
             level=float(entry["level"]),
             exams=int(entry["exams"]),
+            tissue=MOST * (tensors[f"{index}.tissue"].float() / 255 * 2 - 1) if entry.get("tissue") else None,
         )
     return found
 
@@ -287,6 +301,11 @@ def _region(entry: dict) -> Region:
     counted = np.unpackbits(np.frombuffer(bytes.fromhex(entry["counted"]), np.uint8)).astype(bool)
     box_atlas = torch.tensor(entry["box_atlas"], dtype=torch.float32).view(2, 3)
     return Region(str(entry["name"]), box_atlas, torch.from_numpy(counted).view(*(REGION_NODES,) * 3))
+
+
+def _place(numbers: list) -> tuple[float, float, float]:
+    x, y, z = (float(number) for number in numbers)
+    return x, y, z
 
 
 def _bits(mask: Tensor) -> str:

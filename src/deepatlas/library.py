@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepatlas import files
+from deepatlas import cascade, files
 from deepatlas.checkpoint import Model
 from deepatlas.errors import DeepAtlasError, LabelError, StructureError
 from deepatlas.locate import Embedded, define, embed
@@ -88,7 +88,33 @@ def define_files(
 
     present = {name: number for name, number in names.items() if name not in undrawn}
     made = define(model, labelled(), present, embedded=_in_order(maps))
-    return Defined(made, list(present), undrawn, failed)
+    usable = {path: one for path, one in read.items() if files.exam_name(path) not in failed}
+    return Defined(_taught([made], usable, present, refined), list(present), undrawn, failed)
+
+
+def _taught(models: list[Model], labels: dict[Path, Volume], names: dict[str, int], refined: bool) -> Model:
+    """The last of models, each within the one before it, with structures made anew in the finer models whose cubes
+    they lie in."""
+    model, finer = models[-1], {}
+    for key, one in model.finer.items():
+        within = {n: k for n, k in names.items() if cascade.holds(model, one, model.structures[n])}
+        maps: list[Embedded] = []
+
+        def labelled(one: Model = one, maps: list[Embedded] = maps) -> Iterator[tuple[Volume, Volume]]:
+            for path, drawn in labels.items():
+                exam = files.read_exam(path)
+                top = embed(models[0], exam)
+                seen = cascade.embed_by([*models, one], exam, refine(models[0], exam, top) if refined else top)
+                if seen is not None:
+                    maps.append(seen)
+                    yield exam, drawn
+
+        for name in set(names) & set(one.structures):
+            one = one.without(name)
+        if within:
+            one = define(one, labelled(), within, embedded=_in_order(maps), required=False)
+        finer[key] = _taught([*models, one], labels, {n: within[n] for n in within if n in one.structures}, refined)
+    return replace(model, finer=finer)
 
 
 def without_faults(labels: Volume, exam: str, names: dict[str, int], exclude: dict[str, list[str]] | None) -> Volume:
@@ -128,7 +154,8 @@ def renamed(model: Model, old: str, new: str) -> Model:
         raise StructureError(f"Expected a new name for {old}, got {new!r}, which is empty or in use; choose another.")
     structures = {new if name == old else name: one for name, one in model.structures.items()}
     structures[new] = structures[new].renamed(new)
-    return replace(model, structures=structures)
+    finer = {key: renamed(one, old, new) if old in one.structures else one for key, one in model.finer.items()}
+    return replace(model, structures=structures, finer=finer)
 
 
 def _in_order(maps: list[Embedded]) -> Iterator[Embedded]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from deepatlas import atlas, grid, kernels_cpu, warp
+from deepatlas import atlas, grid, kernels_cpu, tissue, warp
 from deepatlas.atlas import Drawn, Structure
 from deepatlas.checkpoint import Model
 from deepatlas.errors import StructureError
@@ -39,6 +39,10 @@ COVERAGE_POINTS = 3000
 
 DEFINE_SPACING_MM = 2.0
 """Label maps finer than this are read at this spacing when a structure is made from several exams."""
+
+
+SPREAD_MM = 4.0
+"""How surely a structure that was drawn on a single exam lies there in another, as the width of a Gaussian."""
 
 
 class Embedded(NamedTuple):
@@ -99,7 +103,11 @@ def embed(model: Model, exam: Volume) -> Embedded:
 
     Source: ``c_n = F(x_n)``, §2.1.
     """
-    prepared = prepare(exam, model.size, model.region)
+    return map_prepared(model, prepare(exam, model.size, model.region))
+
+
+def map_prepared(model: Model, prepared: Prepared) -> Embedded:
+    """The coordinate map of an exam that is prepared already."""
     image = torch.from_numpy(prepared.image)[None, None]
     with torch.inference_mode():
         c = model.network(image.to(model.network.offset.device), model.level).cpu()
@@ -107,7 +115,11 @@ def embed(model: Model, exam: Volume) -> Embedded:
 
 
 def define(
-    model: Model, exams: Iterable[tuple[Volume, Volume]], names: Mapping[str, int], embedded: Iterable[Embedded] = ()
+    model: Model,
+    exams: Iterable[tuple[Volume, Volume]],
+    names: Mapping[str, int],
+    embedded: Iterable[Embedded] = (),
+    required: bool = True,
 ) -> Model:
     """The model with structures made from labelled exams; those of the same name are replaced, the others kept.
 
@@ -117,6 +129,7 @@ def define(
         exams: pairs of an exam and its label map on the same grid.
         names: structure → number in the label maps.
         embedded: maps of the exams in the same order, where they are known already.
+        required: refuse a structure that has no voxel in any exam, instead of leaving it out.
 
     Raises:
         StructureError: a structure has no voxel in any exam.
@@ -125,6 +138,8 @@ def define(
     """
     maps = iter(embedded)
     samples = [_Labelled.read(model, exam, labels, names, next(maps, None)) for exam, labels in exams]
+    if not required:
+        names = {name: number for name, number in names.items() if any((s.values == number).any() for s in samples)}
     return model.with_structures(*(_made(model, name, number, samples) for name, number in names.items()))
 
 
@@ -137,6 +152,10 @@ class _Labelled(NamedTuple):
     """(3, point): coordinates of the label map's voxels (thinned where it is fine) in the patient."""
     values: np.ndarray
     """(point,): label numbers there."""
+    own: np.ndarray
+    """(point,): HU there."""
+    around: np.ndarray
+    """(point,): HU of the prepared exam there."""
 
     @classmethod
     def read(cls, model, exam: Volume, labels: Volume, names: Mapping[str, int], known: Embedded | None) -> "_Labelled":
@@ -151,7 +170,14 @@ class _Labelled(NamedTuple):
         index, box = index[inside], torch.from_numpy(box[inside].T.astype(np.float32))[None]
         here = (grid.sample(embedded.foreground.float(), box) > 0.5)[0, 0]
         c = grid.sample(embedded.c_atlas, box[:, :, here])[0]
-        return cls(embedded, labels, c, labels.array[tuple(index[here.numpy()].T)])
+        around = grid.sample(torch.from_numpy(embedded.prepared.hu)[None, None], box[:, :, here])[0, 0].numpy()
+        index = tuple(index[here.numpy()].T)
+        return cls(embedded, labels, c, labels.array[index], exam.array[index], around)
+
+    def tissue(self, structure: Structure) -> Tensor:
+        """What the structure and what is next to it looks like here."""
+        near = structure.membership(self.c_atlas[None])[0, 0].numpy() > tissue.NEAR
+        return tissue.counted(self.own[near], self.around[near], self.values[near] == structure.label)
 
     def drawn(self, number: int, box_atlas: Tensor | None = None) -> Drawn:
         """The points of one structure, limited to a box of the atlas."""
@@ -180,11 +206,12 @@ def _made(model: Model, name: str, number: int, samples: list[_Labelled]) -> Str
         mask, known = atlas.pull(
             only.embedded.c_atlas, only.embedded.foreground, _occupancy(only, number), blank.nodes_atlas()
         )
+        mask = atlas.spread(mask, SPREAD_MM / spacing_mm)
     else:
         mask, known = atlas.least_squares(drawn, box, shape)
     made = Structure(name, number, mask, known, box, 0.5, len(with_it))
-    level = atlas.calibrated_level(made, drawn)
-    return Structure(name, number, mask, known, box, level, len(with_it))
+    made = replace(made, level=atlas.calibrated_level(made, drawn))
+    return replace(made, tissue=tissue.log_odds([sample.tissue(made) for sample in with_it]))
 
 
 def _occupancy(sample: _Labelled, number: int):
@@ -264,9 +291,14 @@ def _claim(
     if not wanted:
         return owner, counts.sum(axis=0), spans.sum(axis=0)
     sizes = [structure.mask.numel() for structure in wanted]
+    array = exam.array if exam.array.dtype in (np.int16, np.int32, np.float32) else exam.array.astype(np.float32)
+    array = array if array.flags.forc else np.ascontiguousarray(array)
+    prepared = torch.from_numpy(np.stack([embedded.prepared.hu, embedded.prepared.foreground]).astype(np.float32))
+    unmoved = torch.zeros(tissue.BINS, tissue.BINS)
     kernels_cpu.claim(
-        embedded.c_atlas[0].contiguous().numpy(),
-        embedded.prepared.foreground.astype(np.float32),
+        torch.cat([embedded.c_atlas[0], prepared]).numpy(),
+        array.ravel(order="K"),
+        np.array(array.strides) // array.itemsize,
         to_box[:3],
         np.asarray(exam.affine, dtype=np.float64)[:3],
         np.float32(1 + 2 / (embedded.prepared.size - 1)),
@@ -277,6 +309,8 @@ def _claim(
         np.array([structure.mask.shape for structure in wanted]),
         torch.stack([structure.box_atlas for structure in wanted]).float().numpy(),
         np.array([structure.level for structure in wanted], dtype=np.float32),
+        torch.stack([unmoved if one.tissue is None else one.tissue for one in wanted]).exp().numpy(),
+        np.array([tissue.LOWEST, tissue.WIDTH], dtype=np.float32),
         owner,
         counts,
         spans,
@@ -312,10 +346,13 @@ def owners_reference(structures: list[Structure], embedded: Embedded, exam: Volu
     box = torch.from_numpy((box + offset[:, None, None, None]).astype(np.float32))[None]
     in_view = (box.abs() <= 1 + 2 / (embedded.prepared.size - 1)).all(dim=1, keepdim=True)
     in_view &= grid.sample(embedded.foreground.float(), box) > IN_VIEW
+    around = grid.sample(torch.from_numpy(embedded.prepared.hu)[None, None], box).numpy()
     owner = torch.full(box.shape[2:], -1, dtype=torch.int16)
     height = torch.zeros(box.shape[2:])
     for number, structure in enumerate(structures):
         value = structure.membership(grid.sample(embedded.c_atlas, box)) * in_view
+        if structure.tissue is not None:
+            value = tissue.moved(value, structure.tissue, exam.array[planes][None, None], around)
         score = ((value - structure.level) / (1 - structure.level))[0, 0]
         owner = torch.where(score > height, number, owner)
         height = torch.maximum(score, height)

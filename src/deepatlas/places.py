@@ -3,6 +3,7 @@
 A coordinate that an exam does not hold has no place there, and says so: nothing is answered with the nearest guess.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from deepatlas import affine, grid, warp
 from deepatlas.checkpoint import Model
+from deepatlas.errors import MarkupError
 from deepatlas.locate import Embedded, likeness_of
 from deepatlas.volume import apply
 
@@ -67,6 +69,29 @@ def carry(source: Embedded, target: Embedded, points_mm: np.ndarray) -> Places:
     c, inside = to_atlas(source, points_mm)
     places = from_atlas(target, c)
     return Places(places.points_mm, places.valid & inside)
+
+
+def landmarks(
+    marked: Iterable[tuple[Embedded, Mapping[str, np.ndarray]]],
+) -> dict[str, tuple[float, float, float]]:
+    """Named points as atlas coordinates, from the exams they were marked on: of several, the median along each axis.
+
+    Args:
+        marked: exams with their maps, and name → point (3,) mm; a point beyond the patient is left out.
+
+    Raises:
+        MarkupError: a point that lies beyond the patient in every exam.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for embedded, points in marked:
+        for name, point_mm in points.items():
+            c_atlas, _ = to_atlas(embedded, point_mm[None])
+            inside = in_patient(embedded, point_mm[None])[0]
+            found.setdefault(name, []).extend([c_atlas[0, :, 0].numpy()] if inside else [])
+    lost = [name for name, places in found.items() if not places]
+    if lost:
+        raise MarkupError(f"{lost[0]} lies outside the patient; its numbers are mm, RAS unless said otherwise.")
+    return {name: tuple(map(float, np.median(places, axis=0))) for name, places in found.items()}
 
 
 def robust_affine(

@@ -8,8 +8,10 @@ Source: §5.2.4, figure 8.
 """
 
 import base64
+import json
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel as nib
@@ -95,6 +97,37 @@ def from_structures(model: Model, name: str, structures: Iterable[str], margin_m
     region = Region.whole(name, torch.from_numpy(np.stack([low - margin, high + margin])))
     within = [one.membership(region.nodes_atlas())[0, 0] > one.level for one in chosen]
     return replace(region, counted=torch.stack(within).any(dim=0))
+
+
+def fields_of_view() -> dict[str, dict[str, dict[str, Any]]]:
+    """The lists that come with the program: list → region → the structures it lies around, its margin, and the region
+    it is cut from in a second step (`in`).
+
+    "whole-body" has the six large and fourteen small fields of view of §5.2.4; the paper names them, the structures and
+    margins are ours.
+    """
+    return json.loads(Path(__file__).with_name("fields_of_view.json").read_text(encoding="utf-8"))
+
+
+def from_list(model: Model, name: str) -> tuple[list[Region], dict[str, list[str]]]:
+    """The regions of a shipped list that the model's library allows, and the others with the structures they need.
+
+    A region is made around those of its structures that the library has, at least one.
+
+    Raises:
+        RegionError: no such list.
+    """
+    lists = fields_of_view()
+    if name not in lists:
+        raise RegionError(f"There is no list {name!r}; there are: {', '.join(lists)}.")
+    made, lacking = [], {}
+    for region, about in lists[name].items():
+        known = [one for one in about["around"] if one in model.structures]
+        if known and region not in model.structures:
+            made.append(from_structures(model, region, known, about["margin_mm"]))
+        else:
+            lacking[region] = about["around"]
+    return made, lacking
 
 
 def from_box(model: Model, name: str, embedded: Embedded, box: Box) -> Region:

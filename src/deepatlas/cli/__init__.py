@@ -29,7 +29,7 @@ for command in (
     *(training.prepare, training.pretrain),
     *(library.define, library.export),
     *(answers.locate, answers.propose, answers.vote, answers.embed, answers.atlas, answers.evaluate),
-    *(geometry.points, geometry.boxes, geometry.roi, geometry.crop, geometry.uncrop),
+    *(geometry.points, geometry.mark, geometry.boxes, geometry.roi, geometry.crop, geometry.uncrop),
     *(geometry.coverage, geometry.register),
     *(library.models, library.info),
     *(showing.phantoms, showing.demo),

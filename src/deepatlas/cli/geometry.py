@@ -1,6 +1,7 @@
-"""Commands about places: points, boxes, roi, crop, uncrop, coverage, register."""
+"""Commands about places: points, mark, boxes, roi, crop, uncrop, coverage, register."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,8 @@ from deepatlas.cli.speech import counting, each_exam, end
 from deepatlas.errors import MarkupError, RegionError
 
 if TYPE_CHECKING:
-    pass
+    from deepatlas.atlas import Region
+    from deepatlas.checkpoint import Model
 
 FromOption = Annotated[Path, typer.Option("-f", "--from", help="The exam they were marked on.")]
 FrameOption = Annotated[str, typer.Option("--frame", help="Of a table that does not say it, and of what is written.")]
@@ -29,32 +31,45 @@ RoiOption = Annotated[str, typer.Option("--roi", help="A region or a structure o
 
 def points(
     model: ModelOption,
-    source: FromOption,
-    marked: Annotated[Path, typer.Option("-p", "--points", help="JSON, CSV or Slicer's .mrk.json, in mm.")],
     target: Annotated[Path, typer.Option("-t", "--to", help="An exam, or a folder of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A file like the first; a folder for a folder.")],
+    source: Annotated[Path | None, typer.Option("-f", "--from", help="The exam they were marked on.")] = None,
+    marked: Annotated[
+        Path | None, typer.Option("-p", "--points", help="JSON, CSV or Slicer's .mrk.json, in mm.")
+    ] = None,
     frame: FrameOption = "RAS",
     refined: RefineOption = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Find points that were marked on one exam in others. A point outside an exam's view is null there."""
+    """Find points that were marked on one exam in others, or the model's landmarks. One outside the view is null."""
     import numpy as np
+    import torch
 
     from deepatlas import checkpoint, files, markups, outputs, places
 
     choice("--frame", frame, markups.FRAMES)
-    wanted = markups.read_points(marked, frame)
+    if (source is None) != (marked is None):
+        raise typer.BadParameter("--from and --points belong together.", param_hint="--points")
+    wanted = markups.read_points(marked, frame) if marked else {}
     paths = files.find_exams(target)
-    suffix = "".join(marked.suffixes[-2:]) if marked.name.lower().endswith(".mrk.json") else marked.suffix
+    slicer = marked is not None and marked.name.lower().endswith(".mrk.json")
+    suffix = ".mrk.json" if slicer else marked.suffix if marked else ".json"
     targets = outputs.targets(target, paths, output, suffix)
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
-    marked_on = mapped(loaded, files.read_exam(source), refined)[0]
+    marked_on = mapped(loaded, files.read_exam(source), refined)[0] if source else None
+    if marked_on is None and not loaded.landmarks:
+        raise MarkupError(f"The model {loaded.name} knows no landmark; teach it with `deepatlas mark`, or give points.")
+    library = torch.tensor(list(loaded.landmarks.values())).T[None]
+    wanted = wanted or dict.fromkeys(loaded.landmarks)
 
     def work(path: Path) -> None:
         exam = mapped(loaded, files.read_exam(path), refined)[0]
-        found = places.carry(marked_on, exam, np.stack(list(wanted.values())))
+        if marked_on is None:
+            found = places.from_atlas(exam, library)
+        else:
+            found = places.carry(marked_on, exam, np.stack(list(wanted.values())))
         sure = places.confidence(loaded, exam, found.points_mm)
         placed = {
             name: mm if valid else None for name, mm, valid in zip(wanted, found.points_mm, found.valid, strict=True)
@@ -64,6 +79,46 @@ def points(
         typer.echo(f"{targets[path]}: {int(found.valid.sum())} of {len(wanted)} points lie in {files.exam_name(path)}.")
 
     each_exam(paths, work, output if target.is_dir() else None, "Carrying")
+
+
+def mark(
+    model: ModelFolder,
+    inputs: ExamsOption,
+    marked: Annotated[
+        Path, typer.Option("-p", "--points", help="Points of the exam, in mm; a folder for a folder, by exam name.")
+    ],
+    frame: FrameOption = "RAS",
+    refined: RefineOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Store landmarks in a model's library: points of one exam, or of several, of which the median is taken.
+
+    They replace those of the same names. `deepatlas points` without --from finds them.
+    """
+    from deepatlas import checkpoint, files, markups, places
+
+    choice("--frame", frame, markups.FRAMES)
+    folder = own(checkpoint.find(model))
+    paths = files.find_exams(inputs)
+    tables = {path: _points_of(path, marked) for path in paths} if inputs.is_dir() else {paths[0]: marked}
+    tables = {path: table for path, table in tables.items() if table is not None}
+    if not tables:
+        raise MarkupError(f"Expected points named like an exam, such as {files.exam_name(paths[0])}.json, in {marked}.")
+    loaded = load(folder, device)
+    points = {path: markups.read_points(table, frame) for path, table in tables.items()}
+    found = places.landmarks(
+        (mapped(loaded, files.read_exam(path), refined)[0], table) for path, table in points.items()
+    )
+    checkpoint.save_structures(replace(loaded, landmarks=loaded.landmarks | found), folder)
+    typer.echo(f"{folder}: {len(found)} landmarks from {len(tables)} exam{'s' * (len(tables) > 1)}.")
+
+
+def _points_of(exam: Path, folder: Path) -> Path | None:
+    """The file of a folder that holds the points of an exam."""
+    from deepatlas import files
+
+    places = [folder / f"{files.exam_name(exam)}{suffix}" for suffix in (".json", ".mrk.json", ".csv")]
+    return next((place for place in places if place.exists()), None)
 
 
 def boxes(
@@ -113,17 +168,27 @@ def boxes(
 
 def roi(
     model: ModelFolder,
-    name: Annotated[str, typer.Option("--name", help="What the region is to be called.")],
+    name: Annotated[str | None, typer.Option("--name", help="What the region is to be called.")] = None,
     structures: Annotated[str | None, typer.Option(help="The box around these, separated by commas.")] = None,
     margin: Annotated[float, typer.Option(help="Wider by so many mm on every side.", min=0.0)] = 0.0,
     exam: Annotated[Path | None, typer.Option("-i", "--input", help="The exam that --box was drawn on.")] = None,
     box: Annotated[Path | None, typer.Option("--box", help="A box drawn on it: JSON or Slicer's .mrk.json.")] = None,
+    listed: Annotated[
+        str | None, typer.Option("--list", help='All of a list instead: "whole-body" or "head-neck".')
+    ] = None,
     refined: RefineOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Define a region of the atlas: around structures, or by a box drawn on an exam. It replaces one of that name."""
     from deepatlas import checkpoint, files, markups, regions
 
+    if listed is not None:
+        if any(given is not None for given in (name, structures, exam, box)):
+            raise typer.BadParameter("Give a list, or a region of your own.", param_hint="--list")
+        _add_list(own(checkpoint.find(model)), listed, device)
+        return
+    if name is None:
+        raise typer.BadParameter("Give the region a name.", param_hint="--name")
     if (structures is None) == (box is None) or (box is None) != (exam is None):
         raise typer.BadParameter("Give either --structures, or -i with --box.", param_hint="--structures")
     if not name.strip() or "," in name:
@@ -143,8 +208,27 @@ def roi(
     if name in loaded.structures:
         raise RegionError(f"{name} is a structure of the model, and so a region already; choose another name.")
     checkpoint.save_structures(loaded.with_regions(region), folder)
-    extent = (region.box_atlas[1] - region.box_atlas[0]).double() * loaded.atlas_to_mm[:3, :3].norm(dim=0)
-    typer.echo(f"{name}: {' × '.join(f'{edge:.0f}' for edge in extent)} mm in the seed exam.")
+    typer.echo(_extent(loaded, region))
+
+
+def _add_list(folder: Path, name: str, device: str) -> None:
+    """Add the regions of a shipped list that the model's library allows."""
+    from deepatlas import checkpoint, regions
+
+    loaded = load(folder, device)
+    made, lacking = regions.from_list(loaded, name)
+    if not made:
+        raise RegionError(f"{loaded.name} knows no structure that the list {name} is made around; define some first.")
+    checkpoint.save_structures(loaded.with_regions(*made), folder)
+    for region in made:
+        typer.echo(_extent(loaded, region))
+    for region, around in lacking.items():
+        typer.echo(f"{region}: left out, it needs one of {', '.join(around)}.")
+
+
+def _extent(model: "Model", region: "Region") -> str:
+    edges = (region.box_atlas[1] - region.box_atlas[0]).double() * model.atlas_to_mm[:3, :3].norm(dim=0)
+    return f"{region.name}: {' × '.join(f'{edge:.0f}' for edge in edges)} mm in the seed exam."
 
 
 def crop(

@@ -35,7 +35,8 @@ def load(folder: Path, device: str) -> "Model":
 
     check_device(device)
     model = checkpoint.load(folder)
-    model.network.to(device)
+    for one in (model, *model.finer.values()):
+        one.network.to(device)
     return model
 
 

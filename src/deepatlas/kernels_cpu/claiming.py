@@ -27,24 +27,50 @@ def _within(coordinate, low, high, nodes):
     return cell(held((coordinate - low) / (high - low) * last, last), nodes - 1)
 
 
+@njit(inline="always", fastmath=FAST)
+def bin_of(hu, bins, count):
+    """The bin of an HU; the first and the last are open, NaN is in the first."""
+    place = (hu - bins[0]) / bins[1]
+    return int(min(place, type(place)(count - 1))) if place > 0 else 0
+
+
 @njit(parallel=True, fastmath=FAST, cache=True)
 def claim(
-    c, seen, to_box, to_mm, reach, least_seen, regions, masks, starts, shapes, sides, levels, owner, counts, spans
+    fields,
+    hu,
+    strides,
+    to_box,
+    to_mm,
+    reach,
+    least_seen,
+    regions,
+    masks,
+    starts,
+    shapes,
+    sides,
+    levels,
+    odds,
+    bins,
+    owner,
+    counts,
+    spans,
 ):
     """For every voxel of an exam the structure that exceeds its level most, in one pass; −1 where none does.
 
-    ``c`` (3, n, n, n) and ``seen`` (n, n, n) are the exam's map and foreground; ``to_box`` (3, 4) and ``to_mm`` lead
+    ``fields`` (5, n, n, n) are the exam's map, its prepared HU and its foreground; ``hu`` is the exam itself, flat,
+    with ``strides`` from voxel to voxel along each axis. ``odds`` (s, bin, bin) multiplies the odds of a mask by what
+    the HU of a voxel and of its surroundings say, in ``bins`` (lowest, width). ``to_box`` (3, 4) and ``to_mm`` lead
     from voxels there and to the patient. Only voxels within ``±reach`` of the box and with more than ``least_seen`` of
     foreground are asked for. Structure s is asked for in the block ``regions[s]`` (3, 2) of voxels; its mask lies in
     ``masks`` from ``starts[s]``, of shape ``shapes[s]``, between the atlas coordinates ``sides[s]`` (2, 3). ``counts``
     (plane, s) and ``spans`` (plane, s, 3, 3) collect how many voxels each got, and of their places in mm the sum, the
     lowest and the highest.
     """
-    kind = c.dtype.type
+    kind = fields.dtype.type
     one, half, zero = kind(1), kind(0.5), kind(0)
-    size = c.shape[1]
+    size = fields.shape[1]
     grid, last = (size, size, size), kind(size - 1)
-    field, view = c.reshape(3, size**3), seen.reshape(size**3)
+    field = fields.reshape(5, size**3)
     structures = len(levels)
     for i in prange(owner.shape[0]):
         near = np.empty(structures, np.int64)
@@ -65,12 +91,13 @@ def claim(
                 ci, fi = cell(held((x + one) * half * last, last), size - 1)
                 cj, fj = cell(held((y + one) * half * last, last), size - 1)
                 ck, fk = cell(held((z + one) * half * last, last), size - 1)
-                if not _trilinear(view, 0, grid, ci, cj, ck, fi, fj, fk) > least_seen:
+                if not _trilinear(field[4], 0, grid, ci, cj, ck, fi, fj, fk) > least_seen:
                     continue
                 u = _trilinear(field[0], 0, grid, ci, cj, ck, fi, fj, fk)
                 v = _trilinear(field[1], 0, grid, ci, cj, ck, fi, fj, fk)
                 w = _trilinear(field[2], 0, grid, ci, cj, ck, fi, fj, fk)
                 winner, height = -1, zero
+                own, around = -1, -1
                 for n in range(count):
                     s = near[n]
                     if not regions[s, 2, 0] <= k < regions[s, 2, 1]:
@@ -82,8 +109,15 @@ def claim(
                     mi, gi = _within(u, low[0], high[0], shape[0])
                     mj, gj = _within(v, low[1], high[1], shape[1])
                     mk, gk = _within(w, low[2], high[2], shape[2])
-                    score = _trilinear(masks, starts[s], shape, mi, mj, mk, gi, gj, gk) - levels[s]
-                    score /= one - levels[s]
+                    value = _trilinear(masks, starts[s], shape, mi, mj, mk, gi, gj, gk)
+                    if not value > zero:
+                        continue
+                    if own < 0:
+                        own = bin_of(kind(hu[i * strides[0] + j * strides[1] + k * strides[2]]), bins, odds.shape[1])
+                        around = bin_of(_trilinear(field[3], 0, grid, ci, cj, ck, fi, fj, fk), bins, odds.shape[1])
+                    favoured = value * odds[s, own, around]
+                    value = favoured / (favoured + (one - value))
+                    score = (value - levels[s]) / (one - levels[s])
                     if score > height:
                         winner, height = s, score
                 if winner < 0:
