@@ -116,7 +116,7 @@ def dice(a, b):
 
 COMMANDS = (
     *("prepare", "pretrain", "define", "structures", "locate", "propose", "vote", "embed", "atlas", "evaluate"),
-    *("points", "boxes", "roi", "crop", "uncrop", "coverage", "register", "models", "info", "phantoms", "demo"),
+    *("points", "mark", "boxes", "roi", "crop", "uncrop", "coverage", "register", "models", "info", "phantoms", "demo"),
 )
 
 

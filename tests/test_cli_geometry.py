@@ -841,6 +841,38 @@ def test_exams_that_cannot_be_registered_are_refused(call, taught, images, tmp_p
     assert not list(out.glob("*"))
 
 
+# Lists of fields of view
+
+
+def test_a_list_adds_the_regions_whose_structures_are_known(model, call):
+    assert call("structures", "rename", "-m", model, "organ", "larynx")[0] == 0
+    code, out, _ = call("roi", "-m", model, "--list", "head-neck")
+    assert code == 0
+    assert "throat: " in out
+    assert "jaw: left out, it needs one of mandible." in out
+    made = checkpoint.load(model).regions
+    assert set(made) == {"core", "throat"}
+    low, high = (
+        side * np.diag(checkpoint.load(model).atlas_to_mm.numpy())[:3] for side in made["throat"].box_atlas.numpy()
+    )
+    np.testing.assert_allclose(high - low, 2 * (RADII["organ"] + 25), atol=12)
+
+
+def test_lists_that_cannot_be(model, call):
+    refused(call("roi", "-m", model, "--list", "toes"), "toes", "whole-body", "head-neck")
+    refused(call("roi", "-m", model, "--list", "head-neck"), "knows no structure")
+    code, _, err = call("roi", "-m", model, "--list", "head-neck", "--name", "mine")
+    assert (code, "--list" in err) == (2, True)
+    code, _, err = call("roi", "-m", model, "--structures", "organ")
+    assert (code, "--name" in err) == (2, True)
+
+
+def test_the_whole_body_list_has_the_papers_fields_of_view():
+    listed = deepatlas.regions.fields_of_view()["whole-body"]
+    assert [sum("in" in one for one in listed.values()), len(listed)] == [14, 20]
+    assert all(one.get("in", "head") in listed for one in listed.values())
+
+
 # Landmarks
 
 
