@@ -294,7 +294,7 @@ def test_a_written_cohort_can_be_drawn_again(tmp_path):
 
 
 def test_the_mix_of_fields_of_view_is_a_third_whole():
-    from deepatlas.phantom import _draw_field_of_view
+    from deepatlas.phantom.cohorts import _draw_field_of_view
 
     words = [_draw_field_of_view(np.random.default_rng([1, n]), tuple(FIELDS_OF_VIEW)) for n in range(600)]
     assert 0.27 < words.count("whole") / len(words) < 0.40
