@@ -273,6 +273,16 @@ def test_hu_are_read_as_the_exam_stores_them(model, kind, order):
     assert differ.sum() > 0.02 * expected.sum()  # the table has a say
 
 
+@pytest.mark.parametrize("radius", [2.5, 5.0])
+def test_a_structure_thinner_than_the_spread_is_not_lost(model, radius):
+    exam, places = scan((1.5, 1.5, 1.5), low=(-20, -20, -20), high=(60, 60, 60))
+    inside = np.linalg.norm(places - CENTRE, axis=-1) < radius
+    ready = define(model, [(exam, Volume(inside.astype(np.uint8), exam.affine))], {"lens": 1})
+    found = locate(ready, exam)["lens"]
+    assert found.status == "present"
+    np.testing.assert_allclose(found.centroid_mm, places[inside].mean(axis=0), atol=2.5)
+
+
 def test_bone_next_to_a_soft_structure_is_left_out(model):
     """A ball drawn on one exam; in another, half of where it should be has turned into bone."""
     exam, places = scan((4.0, 4.0, 4.0))

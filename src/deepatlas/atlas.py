@@ -7,6 +7,7 @@ least-squares mask of eq. 14. A soft mask needs a level, which is calibrated on 
 Source: §5.2.7, eq. 14.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -179,21 +180,22 @@ def pull(
     return values * known, known
 
 
-def spread(mask: Float[Tensor, "i j k"], nodes: float) -> Float[Tensor, "i j k"]:
-    """A mask of one exam, blurred by a Gaussian of so many nodes: a single exam cannot tell how far others differ from
-    it, and a mask of zeros and ones would leave the HU of another exam (`deepatlas.tissue`) nothing to decide.
+def spread(mask: Float[Tensor, "i j k"], nodes: Iterable[float]) -> Float[Tensor, "i j k"]:
+    """A mask of one exam, blurred by a Gaussian of so many nodes along each axis: a single exam cannot tell how far
+    others differ from it, and a mask of zeros and ones would leave the HU of another exam (`deepatlas.tissue`) nothing
+    to decide. It stays as high as it was, or what is thinner than the blur would be lost.
     """
-    reach = int(np.ceil(3 * nodes))
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / nodes) ** 2)
-    kernel = kernel / kernel.sum()
     blurred = mask[None, None]
-    for axis in range(3):
+    for axis, width in enumerate(nodes):
+        reach = int(np.ceil(3 * width))
+        kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / width) ** 2)
+        kernel = kernel / kernel.sum()
         shape = [1, 1, 1, 1, 1]
         shape[2 + axis] = len(kernel)
         padding = [0] * 6
         padding[4 - 2 * axis] = padding[5 - 2 * axis] = reach
         blurred = F.conv3d(F.pad(blurred, padding), kernel.view(shape))
-    return blurred[0, 0]
+    return blurred[0, 0] * (mask.max() / blurred.max().clamp_min(1e-6))
 
 
 def least_squares(

@@ -8,6 +8,7 @@ Source: §5.2.4, figure 6; up to two serial crops.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,7 +26,11 @@ from deepatlas.store import START_NODES, Row
 from deepatlas.volume import Volume
 
 LEAST_SHOWN = 0.5
-"""Share of a region that an exam has to show for its crop to be learned from."""
+"""Share of a region that an exam has to show for its crop to be learned from, or asked."""
+
+LESS_SEEN = 0.1
+"""A finer model that sees so much less of a structure than the one above it, because the cube ends there, is not
+believed."""
 
 WITHIN = 0.98
 """Share of a structure that has to lie in the cube of a finer model for that model to know it."""
@@ -48,7 +53,7 @@ def look_closer(model: Model, finer: Model, exam: Volume, embedded: Embedded) ->
     Source: §5.2.4.
     """
     shown = regions.show(cube_of(model, finer), embedded)
-    if shown.to_mm is None:
+    if shown.to_mm is None or shown.coverage < LEAST_SHOWN:
         return None
     try:
         return map_prepared(finer, prepare_cube(exam, finer.size, shown.to_mm))
@@ -99,8 +104,11 @@ def locate(
         asked = [name for name in names if name in finer.structures and found[name].status != "absent"]
         seen = look_closer(model, finer, exam, embedded) if asked else None
         if seen is not None:
-            inner = locate(finer, exam, asked, seen)
-            closer |= {name: one for name, one in inner.items() if one.status != "absent"}
+            for name, one in locate(finer, exam, asked, seen).items():
+                rival = closer.get(name)
+                sees = one.status != "absent" and one.coverage > found[name].coverage - LESS_SEEN
+                if sees and (rival is None or one.confidence > rival.confidence):
+                    closer[name] = replace(one, label=found[name].label)
     return _together(found, closer, exam) if closer else found
 
 

@@ -198,7 +198,7 @@ def load(folder: Path) -> Model:
             familiar=float(about["familiar"]),
             finer={path.parent.name: load(path.parent) for path in sorted((folder / FINER).glob("*/model.json"))},
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{folder / 'model.json'} does not describe a model ({error}); copy the model again."
         ) from error

@@ -206,7 +206,8 @@ def _made(model: Model, name: str, number: int, samples: list[_Labelled]) -> Str
         mask, known = atlas.pull(
             only.embedded.c_atlas, only.embedded.foreground, _occupancy(only, number), blank.nodes_atlas()
         )
-        mask = atlas.spread(mask, SPREAD_MM / spacing_mm)
+        nodes_mm = (box[1] - box[0]) / (torch.tensor(shape) - 1) / per_mm
+        mask = atlas.spread(mask, (SPREAD_MM / nodes_mm).tolist())
     else:
         mask, known = atlas.least_squares(drawn, box, shape)
     made = Structure(name, number, mask, known, box, 0.5, len(with_it))

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from deepatlas import affine, augment, checkpoint, grid, warp
-from deepatlas.atlas import Region, Structure
+from deepatlas.atlas import Region
 from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import CUBE, Augmentation, ConsolidationStage, Preset
@@ -117,6 +117,9 @@ def pretrain(
 
     Source: §5.2.3, §5.2.5, §5.2.6, §5.3.2.
     """
+    base = checkpoint.load(start_from) if start_from else None
+    if base is not None and preset.name == "finer":
+        preset = replace(preset, network=base.network.config)
     data = _load(cohort, preset, device)
     training = out / "training"
     begun = (training / "state.json").exists()
@@ -124,12 +127,13 @@ def pretrain(
         raise ModelError(f"There is nothing to resume in {out}; start without --resume.")
     if not resume and ((out / "model.json").exists() or begun):
         raise ModelError(f"{out} already holds a model or a training; add --resume, or choose another folder.")
-    base = checkpoint.load(start_from) if start_from else None
     run = Run.begin(data, preset, seed_exam, base, device)
     settings = json.loads(json.dumps({"preset": asdict(preset), "exams": data.names, "seed_exam": run.seed_name}))
     training.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     first = run.restore(training, settings) if resume else (0, 0)
+    if resume and (out / "model.json").exists():
+        run.keep_library(checkpoint.load(out))
     stages = run.stages()
     with csv_log(training / "log.csv", append=resume) as write_row, denormals_are_zero():
         report = Reporter(stages, first, on_progress, write_row)
@@ -193,7 +197,10 @@ class Run:
         inside_seed = affine.apply(to_seed.to(where), where)
         self.atlas = torch.nn.Parameter((grid.sample(seed.image, inside_seed) * grid.inside(inside_seed)).contiguous())
         self.seed_box_to_mm = data.box_to_mm[seed_index].clone()
-        self.structures: dict[str, Structure] = {}
+        self.library: dict[str, dict] = {}
+        """What the model knows beside its map, of a training that goes on in the same frame."""
+        self.begun_by_crops = data.start is not None
+        """Maps come from the cohort until the network has learned some."""
         self.level = self.network.coarsest
         self.optimiser: torch.optim.Adam | None = None
         self.from_model = False
@@ -225,8 +232,13 @@ class Run:
                 )
             run.take_over(base)
             run.atlas.data.copy_(grid.resize(base.atlas, tuple(run.atlas.shape[2:])))
-            run.seed_box_to_mm, run.structures = base.seed_box_to_mm, base.structures
+            run.seed_box_to_mm = base.seed_box_to_mm
+            run.keep_library(base)
         return run
+
+    def keep_library(self, model: Model) -> None:
+        """Keep what a model knows in the same frame."""
+        self.library = {part: getattr(model, part) for part in ("structures", "regions", "landmarks", "finer")}
 
     def take_over(self, base: Model) -> None:
         """Begin with the networks of a trained model."""
@@ -244,6 +256,14 @@ class Run:
                 'maps, such as "finer".'
             )
         self.take_over(base)
+        if base.region == self.data.region:  # a finer model that is trained on
+            self.atlas.data.copy_(grid.resize(base.atlas, tuple(self.atlas.shape[2:])))
+            self.seed_box_to_mm, self.begun_by_crops = base.seed_box_to_mm, False
+            self.keep_library(base)
+            return
+        name = Region.from_text(self.data.region).name
+        if name not in base.regions and name not in base.structures:
+            raise CohortError(f"The crops show {name}, which {base.name} does not know; give the model that cut them.")
         cube = Region.from_text(self.data.region).to_atlas()
         where = grid.identity(tuple(self.atlas.shape[2:])) / MARGIN
         self.atlas.data.copy_(grid.sample(base.atlas, affine.apply(cube[None].float(), where)))
@@ -327,7 +347,7 @@ class Run:
 
     def _predicted(self, exams: list[int], number: int) -> Tensor:
         """The network's maps; before it has seen any crop, those that the model above gives them."""
-        if number > 0 or self.data.start is None:
+        if number > 0 or not self.begun_by_crops:
             return self.network(self.data.image[exams], self.level)
         inner = (self.data.size - 1) / self.data.size  # the middle of the outermost voxels, in the cube
         places = inner * grid.identity((self.data.size,) * 3, device=self.device)
@@ -523,7 +543,7 @@ class Run:
             region=self.data.region,
             level=self.level,
             seed_exam=self.seed_name,
-            structures=self.structures,
+            **({"structures": {}} | self.library),
         )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def points(
     marked_on = mapped(loaded, files.read_exam(source), refined)[0] if source else None
     if marked_on is None and not loaded.landmarks:
         raise MarkupError(f"The model {loaded.name} knows no landmark; teach it with `deepatlas mark`, or give points.")
-    library = torch.tensor(list(loaded.landmarks.values())).T[None]
+    library = torch.tensor(list(loaded.landmarks.values())).reshape(-1, 3).T[None]
     wanted = wanted or dict.fromkeys(loaded.landmarks)
 
     def work(path: Path) -> None:
@@ -183,8 +183,8 @@ def roi(
     from deepatlas import checkpoint, files, markups, regions
 
     if listed is not None:
-        if any(given is not None for given in (name, structures, exam, box)):
-            raise typer.BadParameter("Give a list, or a region of your own.", param_hint="--list")
+        if any(given is not None for given in (name, structures, exam, box)) or margin or refined:
+            raise typer.BadParameter("Give a list alone, or a region of your own.", param_hint="--list")
         _add_list(own(checkpoint.find(model)), listed, device)
         return
     if name is None:
@@ -223,7 +223,9 @@ def _add_list(folder: Path, name: str, device: str) -> None:
     for region in made:
         typer.echo(_extent(loaded, region))
     for region, around in lacking.items():
-        typer.echo(f"{region}: left out, it needs one of {', '.join(around)}.")
+        taken = region in loaded.structures
+        why = "a structure has that name" if taken else f"it needs one of {', '.join(around)}"
+        typer.echo(f"{region}: left out, {why}.")
 
 
 def _extent(model: "Model", region: "Region") -> str:

@@ -35,9 +35,14 @@ def load(folder: Path, device: str) -> "Model":
 
     check_device(device)
     model = checkpoint.load(folder)
-    for one in (model, *model.finer.values()):
-        one.network.to(device)
+    _move(model, device)
     return model
+
+
+def _move(model: "Model", device: str) -> None:
+    model.network.to(device)
+    for finer in model.finer.values():
+        _move(finer, device)
 
 
 def mapped(
@@ -67,7 +72,7 @@ def own(folder: Path) -> Path:
     """A model folder that may be changed: not one that came with the program."""
     from deepatlas import checkpoint
 
-    if folder.resolve() in [path.resolve() for path in checkpoint.shipped()]:
+    if any(folder.resolve().is_relative_to(path.resolve()) for path in checkpoint.shipped()):
         raise ModelError(
             f"{folder.name} came with the program and is not changed; copy {folder} and give the copy, "
             "or define with -o NEW_FOLDER."

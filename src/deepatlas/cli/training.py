@@ -33,6 +33,8 @@ def prepare(
 
     if (model is None) != (roi is None):
         raise typer.BadParameter("crops need both a model and a region.", param_hint="--model, --roi")
+    if model is not None and (region != "body" or workers is not None):
+        raise typer.BadParameter("crops are cut by the model, one by one.", param_hint="--region, --workers")
     cut = None
     if model is not None:
         cut = _cutter(model, roi, size)
