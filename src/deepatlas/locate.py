@@ -28,7 +28,7 @@ from deepatlas.volume import Volume, apply
 PRESENT = 0.95
 """Coverage from which a structure counts as wholly in the scan."""
 
-ABSENT = 0.05
+ABSENT = 0.14
 """Coverage below which a structure counts as not in the scan."""
 
 LOW_CONFIDENCE = 0.6
