@@ -42,11 +42,15 @@ def define(model: "Model", exam: str | Path, labels: str | Path, names: Mapping[
     Raises:
         ExamError, LabelError: a file cannot be used. StructureError: a structure is not drawn.
     """
-    from deepatlas.library import define_files
+    from deepatlas.files import read_exam, read_labels
+    from deepatlas.locate import define as made
 
-    made = define_files(model, Path(exam), Path(labels), dict(names), required=True).model
-    model.structures.update(made.structures)
-    model.finer.update(made.finer)
+    image = read_exam(exam)
+    model.structures.update(made(model, [(image, read_labels(labels, like=image))], names).structures)
+    if model.finer:
+        from deepatlas.library import define_files
+
+        model.finer.update(define_files(model, Path(exam), Path(labels), dict(names)).model.finer)
     return model
 
 
