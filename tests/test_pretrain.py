@@ -15,7 +15,7 @@ import torch
 
 from deepatlas import checkpoint, files, loop, store
 from deepatlas import pretrain as recipe
-from deepatlas.atlas import Structure
+from deepatlas.atlas import Region, Structure
 from deepatlas.config import (
     Augmentation,
     AutoencoderStage,
@@ -200,7 +200,8 @@ def test_a_damaged_state_is_refused_by_name(cohort, trained, tmp_path):
 def test_from_a_model_its_frame_and_its_structures_are_kept(cohort, trained, tmp_path):
     box = torch.tensor([[-0.1] * 3, [0.2] * 3])
     made = Structure("kept", 3, torch.ones(4, 4, 4), torch.ones(4, 4, 4), box, 0.5, 1)
-    base = checkpoint.load(trained).with_structures(made)
+    base = checkpoint.load(trained).with_structures(made).with_regions(Region.whole("cube", box))
+    base = replace(base, landmarks={"tip": (0.1, 0.2, 0.3)})
     checkpoint.save(base, tmp_path / "base")
     seen = []
     levels = replace(TINY, consolidation=())
@@ -214,9 +215,14 @@ def test_from_a_model_its_frame_and_its_structures_are_kept(cohort, trained, tmp
         grown = checkpoint.load(tmp_path / name)
         assert list(grown.structures) == ["kept"]
         assert torch.equal(grown.structures["kept"].mask, made.mask)
+        assert (list(grown.regions), grown.landmarks) == (["cube"], base.landmarks)
         assert torch.equal(grown.seed_box_to_mm, base.seed_box_to_mm)
         assert (grown.seed_exam, grown.level) == ("c", 0)
         assert not torch.equal(grown.network.shared, base.network.shared)
+    with pytest.raises(ModelError, match="another --from"):  # it would begin anew, in another frame
+        pretrain(cohort, tmp_path / "rounds", TINY, seed_exam="c", resume=True)
+    again = pretrain(cohort, tmp_path / "rounds", TINY, start_from=tmp_path / "base", seed_exam="a", resume=True)
+    assert list(again.structures) == ["kept"]
     other = replace(TINY, network=replace(TINY.network, head_channels=4))
     with pytest.raises(ModelError, match="choose the preset it was trained with"):
         pretrain(cohort, tmp_path / "other", other, start_from=tmp_path / "base")

@@ -128,7 +128,8 @@ def pretrain(
     if not resume and ((out / "model.json").exists() or begun):
         raise ModelError(f"{out} already holds a model or a training; add --resume, or choose another folder.")
     run = Run.begin(data, preset, seed_exam, base, device)
-    settings = json.loads(json.dumps({"preset": asdict(preset), "exams": data.names, "seed_exam": run.seed_name}))
+    settings = {"preset": asdict(preset), "exams": data.names, "seed_exam": run.seed_name, "--from": _frame(base)}
+    settings = json.loads(json.dumps(settings))
     training.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     first = run.restore(training, settings) if resume else (0, 0)
@@ -156,6 +157,11 @@ def pretrain(
     model = familiar(run.model(), data)
     checkpoint.save(model, out)
     return model
+
+
+def _frame(base: Model | None) -> list | None:
+    """What tells the models apart that a training can go on from."""
+    return None if base is None else [base.region, base.seed_exam, base.seed_box_to_mm.tolist()]
 
 
 FAMILIAR_SHARE = 0.6

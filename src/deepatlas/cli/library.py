@@ -18,6 +18,7 @@ from deepatlas.cli.options import (
 )
 from deepatlas.cli.reading import own, read_json, table_of_names
 from deepatlas.cli.speech import counting, end
+from deepatlas.errors import ModelError
 
 
 def define(
@@ -115,8 +116,13 @@ def export(
 
     loaded = checkpoint.load(checkpoint.find(model))
     outputs.claim([output / "model.json"], overwrite)
+    old = [path.name for path in (output / checkpoint.FINER).glob("*") if path.name not in loaded.finer]
+    if old:
+        raise ModelError(
+            f"{output} holds a finer model {old[0]} of another model; remove it, or choose another folder."
+        )
     checkpoint.save(loaded, output, half=True)
-    size = sum(path.stat().st_size for path in output.glob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     typer.echo(f"{output}: {size / 1e6:.1f} MB.")
 
 
