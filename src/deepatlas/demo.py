@@ -284,8 +284,9 @@ def _write_report(out: Path, results: dict[str, Any], cases: list[Case], scores:
     parts.append(
         report.paragraph(
             "The map was learned without any label. Every structure was then drawn on one exam, and found in exams "
-            "that were never seen. Coordinate error: the distance between the true place of a voxel in the seed exam "
-            "and the place its coordinate names there, over voxels of the body that the seed exam shows.",
+            "that were never seen, each map fitted to that one exam first. Coordinate error: the distance between the "
+            "true place of a voxel in the seed exam and the place its coordinate names there, over voxels of the body "
+            "that the seed exam shows.",
             note=True,
         )
     )

@@ -118,7 +118,7 @@ def pretrain(
     Source: §5.2.3, §5.2.5, §5.2.6, §5.3.2.
     """
     base = checkpoint.load(start_from) if start_from else None
-    if base is not None and preset.name == "finer":
+    if base is not None and _holds_crops(cohort):  # a finer model is of the size of the one above it
         preset = replace(preset, network=base.network.config)
     data = _load(cohort, preset, device)
     training = out / "training"
@@ -607,6 +607,11 @@ def by_anatomy(data: Cohorted) -> list[int]:
     share = data.foreground.float().mean(dim=(1, 2, 3, 4)).double().cpu()
     volume = share * torch.linalg.det(data.box_to_mm[:, :3, :3]).abs()
     return torch.argsort(volume, descending=True, stable=True).tolist()
+
+
+def _holds_crops(path: Path) -> bool:
+    with Cohort(path) as cohort:
+        return cohort.region.startswith(CUBE)
 
 
 def _load(path: Path, preset: Preset, device: str) -> Cohorted:

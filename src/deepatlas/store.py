@@ -56,9 +56,10 @@ START_NODES = 32
 
 def _kinds(region: str) -> dict[str, str]:
     """The arrays of a cohort and their types; crops have one more."""
-    return {"hu": "<i2", "foreground": "|u1", "box_to_mm": "<f8"} | (
-        {"start": "<f2"} if region.startswith(CUBE) else {}
-    )
+    kinds = {"hu": "<i2", "foreground": "|u1", "box_to_mm": "<f8"}
+    if region.startswith(CUBE):
+        kinds["start"] = "<f2"
+    return kinds
 
 
 def _shape(key: str, size: int) -> tuple[int, ...]:
