@@ -1,4 +1,5 @@
 # make demo    install, train on embedded phantoms, find structures in unseen ones, write demo/report.html
+#              EXAM=neck_ct.nii.gz: find those of the shipped model in an exam of yours instead, in seconds
 # make test    install, run the tests
 # make check   lint and format, as the pre-commit hooks do
 # make bench   speed, as ratios of two things measured side by side; make bench-peers: against ANTs and elastix
@@ -13,8 +14,13 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 .PHONY: demo test check bench bench-peers clean
 
 demo: $(READY)
+ifdef EXAM
+	$(BIN)/deepatlas locate -m head-neck-ct -i "$(EXAM)" -o demo/exam --report --overwrite
+	@echo "The report: $(CURDIR)/demo/exam/report.html"
+else
 	$(BIN)/deepatlas demo -o demo --overwrite
 	@echo "The report: $(CURDIR)/demo/report.html"
+endif
 
 test: $(READY_TO_TEST)
 	$(BIN)/python -m pytest -q

@@ -168,6 +168,17 @@ def test_locate_writes_masks_on_the_exams_own_grid(call, taught, work):
     assert not (work / "out" / "failed.json").exists()
 
 
+def test_a_report_shows_what_was_found_in_every_exam(call, taught, work):
+    code, out, _ = call("locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--report")
+    assert code == 0
+    assert "report.html" in out
+    page = (work / "out" / "report.html").read_text()
+    assert "<h2>one</h2>" in page
+    assert page.count("data:image/png;base64,") == len(list((work / "images").glob("*.nii.gz")))
+    assert "<td>organ</td><td>present</td>" in page
+    refused(call("locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--report"), "--overwrite")
+
+
 def test_the_json_of_an_exam_is_the_contract(call, taught, work):
     assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
     text = (work / "out" / "one.json").read_text()
@@ -504,9 +515,9 @@ def test_the_demo_keeps_what_is_there(call, work):
 def test_models_lists_what_was_shipped(call, taught, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "shipped", lambda: [taught])
     assert json.loads(call("models", "--json")[1]) == [
-        {"name": "small", "version": checkpoint.VERSION, "structures": ["organ", "gland"]}
+        {"name": "small", "kind": "map", "version": checkpoint.VERSION, "structures": ["organ", "gland"]}
     ]
-    assert "small (version 1): organ, gland" in call("models")[1]
+    assert "small (map, version 1): organ, gland" in call("models")[1]
     monkeypatch.chdir(tmp_path)
     about = json.loads(call("info", "small", "--json")[1])
     assert (about["name"], about["seed_exam"], about["size"]) == ("small", "one", 16)

@@ -14,14 +14,11 @@ from deepatlas.register import (
     KINDS,
     Registration,
     describe,
-    displacement,
-    inverse_consistency_mm,
-    itk_transform,
     matches,
-    moved,
     overlap_points,
     register,
 )
+from deepatlas.transforms import displacement, inverse_consistency_mm, itk_transform, jacobian, moved
 from deepatlas.volume import Volume, apply, reorder
 from exact import (
     CENTRE,

@@ -242,8 +242,8 @@ def shipped() -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def describe(folder: Path) -> dict:
-    """The JSON of a model folder, its format and version checked; needs no weights.
+def describe(folder: Path, kind: str | None = FORMAT, version: int | None = VERSION) -> dict:
+    """The JSON of a model folder, its format and version checked (None: any); needs no weights.
 
     Raises:
         ModelError: missing, not JSON, not a model, or of another version.
@@ -257,11 +257,12 @@ def describe(folder: Path) -> dict:
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}); copy the model again.") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ModelError(f"{path} does not describe a deepatlas model; expected format {FORMAT!r}.")
-    if about.get("version") != VERSION:
+    if not isinstance(about, dict) or about.get("format") != (kind or about.get("format")):
+        got = about.get("format") if isinstance(about, dict) else None
+        raise ModelError(f"{path} does not describe a model of this kind; expected format {kind!r}, got {got!r:.40}.")
+    if about.get("version") != (version or about.get("version")):
         raise ModelError(
-            f"{folder} is of model version {about.get('version')}, this program reads version {VERSION}; "
+            f"{folder} is of model version {about.get('version')}, this program reads version {version}; "
             "use the program that made it, or train again."
         )
     return about

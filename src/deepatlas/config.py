@@ -189,6 +189,45 @@ class Preset:
         return self.network.size * (2 if finest > self.network.size else 1)
 
 
+@dataclass(frozen=True)
+class RegSeg:
+    """The 2019 system (`deepatlas.regseg`): steps of each stage (0 leaves it out), weights, and how to draw.
+
+    Public re-implementations weigh anatomy 2 to 3, labels 3, and take 2 to 20 registration steps for one of
+    segmentation; ours were chosen on training images (`docs/recipes.md`).
+    """
+
+    registration: int = 600
+    """Steps of the registration network alone, without labels."""
+    segmentation: int = 400
+    """Steps of the segmentation network alone, on the labelled images."""
+    semi: int = 0
+    """Steps of the segmentation network with the registration held."""
+    guided: int = 0
+    """Steps of the registration network with the segmentation held."""
+    joint: int = 600
+    """Registration steps of the alternation."""
+    ratio: int = 20
+    """Registration steps for one of segmentation."""
+    batch: int = 2
+    rate: float = 1e-3
+    window: int | None = 8
+    """Voxels along the windows of the correlation; None: one over the whole image."""
+    bending: float = 1.0
+    """λ_r, of the bending energy in voxels."""
+    anatomy: float = 3.0
+    """λ_a."""
+    supervised: float = 3.0
+    """λ_sp."""
+    augmentation: Augmentation = field(
+        default_factory=lambda: Augmentation(scale=0.1, rotation=0.15, translation=0.06, cut=0.0, tone=0.2)
+    )
+    bend: float = 0.04
+    """Amplitude of a random smooth deformation, in box units."""
+    checkpoint_minutes: float = 3.0
+    seed: int = 0
+
+
 PAPER = Preset(
     name="paper",
     levels=tuple(LevelStage(rate=0.005 / 2**n) for n in range(5)),

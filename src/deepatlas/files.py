@@ -164,6 +164,39 @@ def read_values(path: Path | str) -> Volume:
     return Volume(values.astype(np.int32 if whole else np.float32), affine)
 
 
+def read_image(path: Path | str) -> Exam:
+    """Read an image of any modality: `read_exam` without what only CT has.
+
+    Raises:
+        ExamError: missing, broken, not three-dimensional, not placed in space, the same everywhere, or not finite.
+    """
+    path = Path(path)
+    raw = _read_raw(path, ExamError)
+    affine, repairs = _affine(raw, path, None, ExamError)
+    values = _scaled(raw, path, ExamError)
+    if not np.isfinite(values).all():
+        raise ExamError(f"{path.name}: expected finite values, got NaN or infinity; export it again.")
+    if values.min() == values.max():
+        raise ExamError(f"{path.name}: expected an image, got {float(values.min()):g} everywhere; export it again.")
+    return Exam(values, affine, raw.header, exam_name(path), repairs)
+
+
+def read_list(path: Path | str) -> list[str]:
+    """Names of exams, one a line; empty lines and what follows a # are left out.
+
+    Raises:
+        ExamError: it cannot be read, or names nothing.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ExamError(f"Expected a list of exams, but {path} cannot be read ({_why(error)}).") from None
+    names = [exam_name(line.split("#")[0].strip()) for line in lines]
+    if not any(names):
+        raise ExamError(f"Expected one exam a line in {path}, found none; write their names.")
+    return list(dict.fromkeys(filter(None, names)))
+
+
 def as_exam(volume: Volume, name: str = "volume") -> Exam:
     """A volume that no file holds yet, with a header, so that it can be written."""
     header = nib.Nifti1Image(np.zeros(volume.shape, np.uint8), volume.affine).header

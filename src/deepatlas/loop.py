@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
+from torch.optim import Adam
 
 LOG = logging.getLogger(__name__)
 LOG_EVERY = 20
@@ -73,7 +75,18 @@ class Reporter:
             self.on_progress(Progress(name, step + 1, steps, done, total, means, left))
 
 
-COSTS = {"autoencoder": 1.0, "warm start": 0.5, "level": 1.5, "fitting": 40.0, "consolidation": 1.0}
+COSTS = {
+    "autoencoder": 1.0,
+    "warm start": 0.5,
+    "level": 1.5,
+    "fitting": 40.0,
+    "consolidation": 1.0,
+    "registration": 1.0,
+    "segmentation": 0.3,
+    "semi": 0.8,
+    "guided": 1.2,
+    "joint": 1.3,
+}
 """Rough cost of a step of each kind of stage, to tell the time that is left."""
 
 LOG_COLUMNS = (
@@ -84,11 +97,16 @@ LOG_COLUMNS = (
 
 
 @contextmanager
-def csv_log(path: Path, append: bool) -> Iterator[Callable[[dict], None]]:
-    """A function that adds a row to the log."""
+def csv_log(
+    path: Path | None, append: bool, columns: tuple[str, ...] = LOG_COLUMNS
+) -> Iterator[Callable[[dict], None]]:
+    """A function that adds a row to the log; without a path it does nothing."""
+    if path is None:
+        yield lambda row: None
+        return
     append = append and path.exists()
     with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         if not append:
             writer.writeheader()
 
@@ -97,3 +115,17 @@ def csv_log(path: Path, append: bool) -> Iterator[Callable[[dict], None]]:
             file.flush()
 
         yield write
+
+
+def tensors_of(optimiser: Adam, prefix: str) -> dict[str, Tensor]:
+    """The state of an optimiser as named tensors; none before its first step."""
+    found = optimiser.state_dict()["state"].items()
+    return {f"{prefix}{index}.{k}": v for index, values in found for k, v in values.items()}
+
+
+def optimiser_of(optimiser: Adam, tensors: dict[str, Tensor]) -> None:
+    """The way back: names without their prefix."""
+    state = optimiser.state_dict()
+    indices = sorted({int(name.split(".")[0]) for name in tensors})
+    state["state"] = {i: {k: tensors[f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i in indices}
+    optimiser.load_state_dict(state)

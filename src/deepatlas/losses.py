@@ -1,6 +1,6 @@
-"""Similarity and smoothness: pure functions of tensors, each under a mask, each returning one number per exam.
+"""Similarity, smoothness and overlap: pure functions of tensors, each returning one number per exam.
 
-Source: §5.1.3 to §5.1.6.
+Source: §5.1.3 to §5.1.6; bending energy and overlap: the 2019 system.
 """
 
 import torch
@@ -188,3 +188,35 @@ def roughness(
     mean = masked_mean(log_det, mask).view(-1, 1, 1, 1, 1)
     rough = masked_mean(huber(log_det - mean) + huber(log_shear), mask)
     return rough, masked_mean((det <= 0).to(det.dtype), mask)
+
+
+def bending_energy(shift: Coordinates) -> Float[Tensor, "batch"]:
+    """Mean squared second derivatives of a displacement, per exam; 0 for every affine one.
+
+    ``Σ_c Σ_ab (∂²u_c / ∂a∂b)²``, by differences of neighbours: in voxels where the displacement is in voxels.
+
+    Source: the 2019 system's L_r.
+    """
+    total = shift.new_zeros(len(shift))
+    for a in (2, 3, 4):
+        along = shift.diff(dim=a)
+        for b in range(a, 5):
+            square = along.diff(dim=b).square().flatten(1).mean(dim=1)
+            total = total + (1 if a == b else 2) * 3 * square
+    return total
+
+
+def soft_dice(
+    a: Float[Tensor, "batch class i j k"], b: Float[Tensor, "batch class i j k"], mask: Mask | None = None
+) -> Float[Tensor, "batch"]:
+    """1 − Dice of soft masks, ``2 Σab / (Σa² + Σb²)``, averaged over the classes; 0 where they are equal, soft or not.
+
+    A class that neither holds counts as equal.
+
+    Source: the 2019 system's L_a and L_sp.
+    """
+    if mask is not None:
+        a, b = a * mask, b * mask
+    both = (a * b).flatten(2).sum(dim=2)
+    each = a.square().flatten(2).sum(dim=2) + b.square().flatten(2).sum(dim=2)
+    return 1 - ((2 * both + 1) / (each + 1)).mean(dim=1)

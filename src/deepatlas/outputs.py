@@ -1,4 +1,5 @@
-"""What is written about exams: the answer for one (label map and JSON), and the list of those that failed.
+"""What is written about exams: the answer for one (label map and JSON), what a registration leaves, and the list of
+those that failed.
 
 The JSON of an exam holds no path and nothing from its header but its file's name.
 """
@@ -12,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from deepatlas import checkpoint, files
+from deepatlas import checkpoint, files, transforms
 from deepatlas.checkpoint import Model
 from deepatlas.errors import DeepAtlasError, ExamError, StructureError
 from deepatlas.files import Exam
 from deepatlas.locate import Found
+from deepatlas.transforms import Transform
+from deepatlas.volume import Volume
 
 
 def describe(exam: Exam, found: dict[str, Found], model: Model) -> dict[str, Any]:
@@ -78,6 +81,39 @@ def write_answer(folder: Path, exam: Exam, found: dict[str, Found], model: Model
 def answer_paths(folder: Path, name: str) -> tuple[Path, Path]:
     """Where the answer for an exam is written: its label map and its JSON."""
     return folder / f"{name}_seg.nii.gz", folder / f"{name}.json"
+
+
+def registration_paths(folder: Path, linear: bool = False, labels: bool = False) -> list[Path]:
+    """What `write_registration` writes, and the report that goes with it."""
+    names = ["moved.nii.gz", "linear.tfm", "report.json"]
+    names += [] if linear else ["displacement.nii.gz", "jacobian.nii.gz"]
+    return [folder / name for name in [*names, *(["moved_seg.nii.gz"] if labels else [])]]
+
+
+def write_registration(
+    folder: Path,
+    found: Transform,
+    fixed: Exam,
+    moving: Volume,
+    labels: Volume | None = None,
+    linear: bool = False,
+    outside: float = files.AIR_HU,
+) -> None:
+    """Write the moved image, the transforms as ITK reads them and the map of the change of volume.
+
+    Args:
+        labels: of the moving exam, to be moved too.
+        linear: leave out the fields, which are those of a linear map.
+        outside: what the moved image holds where the moving one does not reach.
+    """
+    files.write_image(folder / "moved.nii.gz", transforms.moved(found, fixed, moving, outside=outside), fixed)
+    if labels is not None:
+        files.write_labels(folder / "moved_seg.nii.gz", transforms.moved(found, fixed, labels, labels=True), fixed)
+    if not linear:
+        vectors = transforms.displacement(found, fixed)
+        files.write_vectors(folder / "displacement.nii.gz", vectors, fixed)
+        files.write_image(folder / "jacobian.nii.gz", transforms.jacobian(vectors, fixed), fixed)
+    checkpoint.write_text(folder / "linear.tfm", transforms.itk_transform(found.linear))
 
 
 def write_review(path: Path, found: dict[str, dict[str, Found]]) -> None:

@@ -26,7 +26,7 @@ from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import CUBE, Augmentation, ConsolidationStage, Preset
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.fitting import carried, fit
-from deepatlas.loop import Progress, Reporter, csv_log
+from deepatlas.loop import Progress, Reporter, csv_log, optimiser_of, tensors_of
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, likeness, objective
@@ -557,9 +557,7 @@ class Run:
         tensors |= {f"autoencoder.{k}": v for k, v in self.autoencoder.state_dict().items()}
         tensors["atlas"] = self.atlas.detach()
         tensors["targets"] = self.targets
-        for index, values in (self.optimiser.state_dict()["state"] if self.optimiser else {}).items():
-            tensors |= {f"adam.{index}.{k}": v for k, v in values.items()}
-        return tensors
+        return tensors | (tensors_of(self.optimiser, "adam.") if self.optimiser else {})
 
     def save(self, folder: Path, settings: dict, stage: int, step: int) -> None:
         """Write the state to resume from: tensors first, then where they stand."""
@@ -588,12 +586,7 @@ class Run:
         if step:
             self.level = level  # so that entering the stage is no jump
             self.enter(stage)
-            state = self.optimiser.state_dict()
-            indices = {int(k.split(".")[1]) for k in tensors if k.startswith("adam.")}
-            state["state"] = {
-                i: {k: tensors[f"adam.{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i in sorted(indices)
-            }
-            self.optimiser.load_state_dict(state)
+            optimiser_of(self.optimiser, checkpoint.under(tensors, "adam."))
         self.level = level
         self.network.load_state_dict(checkpoint.under(tensors, "network."))
         self.autoencoder.load_state_dict(checkpoint.under(tensors, "autoencoder."))

@@ -1,7 +1,6 @@
 """Coregistration of two exams through their coordinates: linear and deformable, also where fields of view differ.
 
-Both lead from the fixed exam to the moving one, mm → mm: the moved image at x is the moving image at Φ(x). Files follow
-ITK: transforms in LPS that map points of the fixed image to the moving one, displacement fields as vectors in LPS mm.
+Both lead from the fixed exam to the moving one, see `deepatlas.transforms`.
 
 Source: §4 (coregistration without optimisation), §5.1.1 (Φ = c_m⁻¹ ∘ c_f).
 """
@@ -22,9 +21,10 @@ from deepatlas.locate import Embedded
 from deepatlas.machine import denormals_are_zero
 from deepatlas.objective import Atlas, Exams
 from deepatlas.places import linear_to_atlas, nearest_rotation, robust_affine
-from deepatlas.prepare import AIR_HU, Prepared, grid_to_box, sample_mm
+from deepatlas.prepare import Prepared, grid_to_box
 from deepatlas.shapes import Coordinates
-from deepatlas.volume import Volume, apply, planes_mm
+from deepatlas.transforms import Transform, inverse_consistency_mm
+from deepatlas.volume import apply
 
 KINDS = ("rigid", "similarity", "affine")
 LEAST_MATCHES = 200
@@ -35,27 +35,15 @@ BLEND_MM = 30.0
 
 
 @dataclass(frozen=True)
-class Registration:
-    """Φ from the fixed exam to the moving one, mm → mm (RAS)."""
+class Registration(Transform):
+    """Φ from the fixed exam to the moving one, and how far it can be trusted."""
 
-    linear: np.ndarray
-    """(4, 4): the linear map that fits all matches best."""
-    shift_mm: np.ndarray
-    """(3, n, n, n): Φ(x) − linear(x) at the nodes of the prepared fixed exam; 0 for a linear registration."""
-    to_mm: np.ndarray
-    """Index of those nodes → mm of the fixed exam, (4, 4)."""
     overlap: float
     """Share of the fixed patient that has a counterpart in the moving exam."""
     folded: float
     """Share of the overlap where Φ folds."""
     residual_mm: float
     """Median distance between Φ and the linear map over the overlap."""
-
-    def points(self, points_mm: np.ndarray) -> np.ndarray:
-        """Φ of points (..., 3) mm of the fixed exam; beyond its prepared part the shift of the nearest node."""
-        index = np.moveaxis(apply(np.linalg.inv(self.to_mm), points_mm), -1, 0)
-        shift = [ndimage.map_coordinates(part, index, order=1, mode="nearest") for part in self.shift_mm]
-        return apply(self.linear, points_mm) + np.stack(shift, axis=-1)
 
 
 def register(
@@ -92,13 +80,11 @@ def register(
     linear = _linear(here[valid], there[valid], expected, kind)
     apart = there - apply(linear, here)
     shift = _spread(apart, valid, np.linalg.norm(to_mm[:3, :3], axis=0)) if deformable else 0 * apart
-    jacobian = linear[:3, :3] + _gradient(shift) @ np.linalg.inv(to_mm[:3, :3])
+    found = Transform(linear, np.ascontiguousarray(np.moveaxis(shift, -1, 0)).astype(np.float32), to_mm)
     return Registration(
-        linear=linear,
-        shift_mm=np.ascontiguousarray(np.moveaxis(shift, -1, 0)).astype(np.float32),
-        to_mm=to_mm,
+        **vars(found),
         overlap=float(valid.sum() / fixed.foreground.sum()),
-        folded=float((np.linalg.det(jacobian)[valid] <= 0).mean()),
+        folded=float((found.determinants()[valid] <= 0).mean()),
         residual_mm=float(np.median(np.linalg.norm(apart[valid], axis=-1))),
     )
 
@@ -107,44 +93,6 @@ def matches(fixed: Embedded, moving: Embedded) -> tuple[torch.Tensor, np.ndarray
     """Φ_box = c_m⁻¹ ∘ c_f at the nodes of the fixed exam, (1, 3, n, n, n), and where it was found, (n, n, n)."""
     found = warp.implicit(moving.c_atlas, fixed.c_atlas, moving.foreground, fixed.foreground)
     return found.phi_box, found.valid[0, 0].numpy()
-
-
-def moved(registration: Registration, fixed: Volume, moving: Volume, labels: bool = False) -> np.ndarray:
-    """The moving image (or label map) on the fixed exam's grid: ``moving ∘ Φ``; air (or 0) where there is none."""
-    result = np.empty(fixed.shape, dtype=moving.array.dtype if labels else np.float32)
-    how = {"order": "nearest", "outside": 0} if labels else {"outside": AIR_HU}
-    for plane, points in enumerate(planes_mm(fixed.shape, fixed.affine)):
-        result[plane] = sample_mm(moving, registration.points(points), **how)
-    return result
-
-
-def displacement(registration: Registration, fixed: Volume) -> np.ndarray:
-    """Φ(x) − x in mm at every voxel of the fixed exam, as ITK stores it: (i, j, k, 1, 3), LPS, float32."""
-    result = np.empty((*fixed.shape, 1, 3), dtype=np.float32)
-    for plane, points in enumerate(planes_mm(fixed.shape, fixed.affine)):
-        result[plane, :, :, 0] = (registration.points(points) - points) * [-1, -1, 1]
-    return result
-
-
-def itk_transform(linear: np.ndarray) -> str:
-    """A linear map mm → mm (RAS) as an ITK transform file, LPS, fixed points → moving points."""
-    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
-    matrix = flip @ linear @ flip
-    numbers = [*matrix[:3, :3].ravel(), *matrix[:3, 3]]
-    return "\n".join(
-        [
-            "#Insight Transform File V1.0",
-            "#Transform 0",
-            "Transform: AffineTransform_double_3_3",
-            f"Parameters: {' '.join(f'{number:.12g}' for number in numbers)}",
-            "FixedParameters: 0 0 0",
-        ]
-    )
-
-
-def inverse_consistency_mm(forward: Registration, backward: Registration, points_mm: np.ndarray) -> np.ndarray:
-    """How far points of the fixed exam are from themselves after Φ there and back, (point,) mm."""
-    return np.linalg.norm(backward.points(forward.points(points_mm)) - points_mm, axis=-1)
 
 
 def overlap_points(fixed: Embedded, moving: Embedded) -> np.ndarray:
@@ -191,11 +139,6 @@ def _spread(shift: np.ndarray, valid: np.ndarray, spacing_mm: np.ndarray) -> np.
     filled = shift[tuple(nearest)] * np.exp(-((distance / BLEND_MM) ** 2))[..., None]
     soft = np.stack([ndimage.gaussian_filter(filled[..., axis], 1.0, mode="nearest") for axis in range(3)], axis=-1)
     return np.where(valid[..., None], filled, soft)
-
-
-def _gradient(shift: np.ndarray) -> np.ndarray:
-    """Derivative of a field (i, j, k, 3) along the index axes, (i, j, k, 3, 3)."""
-    return np.stack(np.gradient(shift, axis=(0, 1, 2)), axis=-1)
 
 
 def fitted(

@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 
 from deepatlas import checkpoint
 from deepatlas.errors import ExamError
+from deepatlas.files import Exam
+from deepatlas.locate import Found
 from deepatlas.volume import Volume, ras_order, reorder
 
 WINDOW_HU = (-200.0, 300.0)
@@ -131,6 +133,27 @@ def heading(text: str) -> str:
 def paragraph(text: str, note: bool = False) -> str:
     """A paragraph of plain text."""
     return f"<p{' class=note' if note else ''}>{html.escape(text)}</p>\n"
+
+
+def answer(exam: Exam, found: Mapping[str, Found], aligned: np.ndarray) -> str:
+    """What was found in an exam: a picture, and a line for every structure.
+
+    Args:
+        aligned: the atlas on the exam's grid, HU.
+    """
+    masks = {name: one.mask for name, one in found.items() if one.mask is not None}
+    rows = [["structure", "status", "coverage", "confidence", "ml", "centroid, mm (RAS)"]]
+    for one in found.values():
+        row = [one.name.replace("_", " "), one.status.replace("_", " "), f"{one.coverage:.0%}"]
+        if one.mask is None:
+            rows.append([*row, "–", "–", "–"])
+            continue
+        sure = f"{one.confidence:.0%}{' (low)' if one.unsure else ''}"
+        rows.append([*row, sure, f"{one.volume_ml:.1f}", ", ".join(f"{x:.0f}" for x in one.centroid_mm)])
+    shown = picture(exam, aligned, masks, views=("coronal", "sagittal", "axial"))
+    notes = "".join(paragraph(f"Mended: {repair}.", note=True) for repair in exam.repairs)
+    seen = image(shown, f"{exam.name}: exam, aligned atlas, structures found")
+    return heading(exam.name) + notes + seen + table(rows)
 
 
 def write(path: Path, title: str, parts: Sequence[str]) -> Path:

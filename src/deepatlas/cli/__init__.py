@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import deepatlas
-from deepatlas.cli import answers, geometry, library, showing, training
+from deepatlas.cli import answers, geometry, library, regseg, showing, training
 from deepatlas.cli.speech import complain
 from deepatlas.errors import DeepAtlasError
 
@@ -24,6 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 structures_app = typer.Typer(help="List, rename or remove the structures of a model.", no_args_is_help=True)
+regseg_app = typer.Typer(
+    help="Registration and segmentation that teach each other from few labels; CT or MR.", no_args_is_help=True
+)
 
 for command in (
     *(training.prepare, training.pretrain),
@@ -36,6 +39,9 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(structures_app, name="structures")
+app.add_typer(regseg_app, name="regseg")
+for command in (regseg.train, regseg.register, regseg.segment, regseg.evaluate):
+    regseg_app.command()(command)
 structures_app.command("list")(library.list_structures)
 structures_app.command("rename")(library.rename_structure)
 structures_app.command("remove")(library.remove_structures)

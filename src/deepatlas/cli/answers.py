@@ -37,6 +37,7 @@ def locate(
     copies: CopiesOption = 0,
     orient: OrientOption = False,
     cascade: CascadeOption = False,
+    pictured: Annotated[bool, typer.Option("--report", help="Write report.html too: pictures and a table.")] = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -44,7 +45,8 @@ def locate(
 
     Writes `<exam>_seg.nii.gz` and `<exam>.json`; what failed stands in `failed.json`.
     """
-    _answer(model, inputs, output, structures, Care(refined, copies, orient), cascade, overwrite, device)
+    page = output / "report.html" if pictured else None
+    _answer(model, inputs, output, structures, Care(refined, copies, orient), cascade, overwrite, device, page)
 
 
 def propose(
@@ -148,12 +150,16 @@ def _answer(
     cascade: bool,
     overwrite: bool,
     device: str,
+    page: Path | None = None,
     failing: bool = True,
 ) -> Answers:
-    """Locate in every exam and write the answers; ends with the exit code for what failed unless told otherwise."""
-    from deepatlas import checkpoint, files, outputs
+    """Locate in every exam and write the answers, with pictures on a page where one is wanted; ends with the exit code
+    for what failed unless told otherwise."""
+    from deepatlas import checkpoint, dense, files, outputs
     from deepatlas.locate import locate as find
 
+    if page:  # pictures take half a second to import
+        from deepatlas import report
     if cascade:
         from deepatlas.cascade import locate as find
     paths = files.find_exams(inputs)
@@ -167,8 +173,10 @@ def _answer(
     if not wanted:
         raise StructureError(f"The model {loaded.name} knows no structure yet; teach it with `deepatlas define`.")
     outputs.check_numbers((name, loaded.structure(name).label) for name in wanted)
-    outputs.claim((p for path in paths for p in outputs.answer_paths(output, files.exam_name(path))), overwrite)
+    answer_paths = (p for path in paths for p in outputs.answer_paths(output, files.exam_name(path)))
+    outputs.claim([*answer_paths, *([page] if page else [])], overwrite)
     lines: list[str] = []
+    shown: list[str] = []
     answers = Answers({}, {})
 
     def work(path: Path) -> None:
@@ -180,9 +188,14 @@ def _answer(
         answers.found[exam.name] = {name: one.without_mask() for name, one in found.items()}
         lines.extend(_answer_lines(exam.name, found, alone=len(paths) == 1))
         lines.extend(f"{exam.name}: mended: {repair}" for repair in exam.repairs)
+        if page:
+            shown.append(report.answer(exam, found, dense.aligned_atlas(loaded, exam, embedded)))
 
     with counting("Locating") as count:
         failed = outputs.each(paths, work, count)
+    if page and shown:
+        report.write(page, f"{loaded.name}: what was found", shown)
+        lines.append(f"Report: {page}")
     for line in lines:
         typer.echo(line)
     outputs.write_failed(output / "failed.json", failed, [files.exam_name(path) for path in paths])

@@ -358,15 +358,14 @@ def register(
     device: DeviceOption = "cpu",
 ) -> None:
     """Register two exams, also of different fields of view. Writes moved.nii.gz, displacement.nii.gz (ITK, LPS),
-    linear.tfm (ITK) and report.json."""
+    jacobian.nii.gz, linear.tfm (ITK) and report.json."""
     from deepatlas import checkpoint, files, outputs
     from deepatlas import register as registering
     from deepatlas.config import FINE
     from deepatlas.prepare import prepare
 
     choice("--kind", kind, registering.KINDS)
-    names = ["moved.nii.gz", "linear.tfm", "report.json", *([] if linear else ["displacement.nii.gz"])]
-    outputs.claim([output / name for name in [*names, *(["moved_seg.nii.gz"] if labels else [])]], overwrite)
+    outputs.claim(outputs.registration_paths(output, linear, labels is not None), overwrite)
     loaded = load(checkpoint.find(model), device)
     still, laid = files.read_exam(fixed), files.read_exam(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
@@ -374,12 +373,7 @@ def register(
     fine = tuple(prepare(exam, FINE.size, loaded.region) for exam in (still, laid)) if refined else None
     there = registering.register(*maps, kind, not linear, fine)
     back = registering.register(*maps[::-1], kind, not linear, fine and fine[::-1])
-    files.write_image(output / "moved.nii.gz", registering.moved(there, still, laid), still)
-    if drawn is not None:
-        files.write_labels(output / "moved_seg.nii.gz", registering.moved(there, still, drawn, labels=True), still)
-    if not linear:
-        files.write_vectors(output / "displacement.nii.gz", registering.displacement(there, still), still)
-    checkpoint.write_text(output / "linear.tfm", registering.itk_transform(there.linear))
+    outputs.write_registration(output, there, still, laid, drawn, linear)
     about = registering.describe(there, back, *maps, (still.name, laid.name)) | {"linear": kind, "refined": refined}
     checkpoint.write_text(output / "report.json", json.dumps(about, indent=1))
     typer.echo(

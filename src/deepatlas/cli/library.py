@@ -132,14 +132,16 @@ def models(as_json: JsonOption = False) -> None:
 
     rows = []
     for folder in checkpoint.shipped():
-        about = checkpoint.describe(folder)
+        about = checkpoint.describe(folder, kind=None, version=None)
         structures = [one["name"] for one in about["structures"]]
-        rows.append({"name": folder.name, "version": about["version"], "structures": structures})
+        kind = "map" if about["format"] == checkpoint.FORMAT else "regseg"
+        rows.append({"name": folder.name, "kind": kind, "version": about["version"], "structures": structures})
     if as_json:
         typer.echo(json.dumps(rows))
         return
     for row in rows:
-        typer.echo(f"{row['name']} (version {row['version']}): {', '.join(row['structures']) or 'no structures'}")
+        structures = ", ".join(row["structures"]) or "no structures"
+        typer.echo(f"{row['name']} ({row['kind']}, version {row['version']}): {structures}")
     if not rows:
         typer.echo("No model came with the program; train one with `deepatlas pretrain`.")
 

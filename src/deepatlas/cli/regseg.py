@@ -1,0 +1,184 @@
+"""``deepatlas regseg``: the 2019 system, registration and segmentation that teach each other."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepatlas.cli.options import ModelOption, OutOption, OverwriteOption
+from deepatlas.cli.speech import counting, each_exam, training
+from deepatlas.errors import ExamError, LabelError
+
+ImagesOption = Annotated[Path, typer.Option("-i", "--images", help="Folder of images, any modality.")]
+LabelsOption = Annotated[Path, typer.Option("-l", "--labels", help="Folder of label maps named as the images.")]
+
+
+def train(
+    images: ImagesOption,
+    labels: LabelsOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
+    labeled: Annotated[
+        Path | None, typer.Option("--labeled", help="Use the labels of these only: one exam name a line.")
+    ] = None,
+    leave_out: Annotated[
+        Path | None, typer.Option("--leave-out", help="Images not to train on: one exam name a line.")
+    ] = None,
+    names: Annotated[
+        Path | None, typer.Option("--names", help="JSON, class to number; by default every number there is.")
+    ] = None,
+    scaling: Annotated[
+        str, typer.Option(help='Intensities to 0 ... 1: "percentile", or "LOW:HIGH" such as "-256:256" for CT.')
+    ] = "percentile",
+    spacing: Annotated[float | None, typer.Option(help="Of the common grid in mm; else the median.", min=0.1)] = None,
+    registration: Annotated[int | None, typer.Option(help="Steps of the registration alone.", min=0)] = None,
+    segmentation: Annotated[int | None, typer.Option(help="Steps of the segmentation alone.", min=0)] = None,
+    joint: Annotated[int | None, typer.Option(help="Registration steps of the alternation.", min=0)] = None,
+    seed: Annotated[int, typer.Option(help="Of all chance.", min=0)] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a training that was stopped.")] = False,
+) -> None:
+    """Train both networks from a folder of images and whichever labels exist."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from deepatlas import files, regseg
+    from deepatlas.config import RegSeg
+    from deepatlas.volume import Volume
+
+    left = set(files.read_list(leave_out)) if leave_out else set()
+    paths = {files.exam_name(path): path for path in files.find_exams(images)}
+    paths = {name: path for name, path in paths.items() if name not in left}
+    drawn = {files.exam_name(path): path for path in files.find_exams(labels)}
+    wanted = files.read_list(labeled) if labeled else [name for name in paths if name in drawn]
+    for name in wanted:
+        if name not in paths or name not in drawn:
+            lacking = "labels" if name in paths else "an image to train on"
+            raise LabelError(f"Expected an image and labels of {name}, found no {lacking}; correct the list.")
+    steps = {"registration": registration, "segmentation": segmentation, "joint": joint}
+    settings = replace(RegSeg(seed=seed), **{key: value for key, value in steps.items() if value is not None})
+    grids, numbers = [], set()
+    with counting("Looking") as count:
+        for done, (name, path) in enumerate(paths.items(), start=1):
+            image = files.read_image(path)
+            grids.append(Volume(np.broadcast_to(np.float32(0), image.shape), image.affine))
+            if name in wanted:
+                numbers |= set(np.unique(files.read_labels(drawn[name], like=image).array).tolist())
+            count(done, len(paths), name)
+    classes = files.read_names(names) if names else {f"class_{n}": n for n in sorted(numbers - {0})}
+    if not classes:
+        raise LabelError("Expected labelled images, found no label above 0; give --labels that hold some.")
+    frame, parts = regseg.frame_for(grids, spacing, scaling), []
+    with counting("Reading") as count:
+        for done, (name, path) in enumerate(paths.items(), start=1):  # again, as full images may not fit in memory
+            maps = {name: files.read_labels(drawn[name])} if name in wanted else {}
+            parts.append(regseg.cases_of({name: files.read_image(path)}, maps, frame, tuple(classes.values())))
+            count(done, len(paths), name)
+    cases = regseg.joined(parts)
+    with training() as report:
+        regseg.train(cases, frame, classes, regseg.schedule(cases, settings), output, None, resume, report)
+    typer.echo(f"{output}: trained on {len(cases.names)} images, {len(wanted)} of them with labels.")
+
+
+def register(
+    model: ModelOption,
+    fixed: Annotated[Path, typer.Option("-f", "--fixed", help="The image whose grid is kept.")],
+    moving: Annotated[Path, typer.Option("-v", "--moving", help="The image that is laid over it.")],
+    output: OutOption,
+    labels: Annotated[Path | None, typer.Option("-l", help="Label map of the moving image, to be moved too.")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Register two images. Writes moved.nii.gz, displacement.nii.gz (ITK, LPS), jacobian.nii.gz, linear.tfm (ITK) and
+    report.json."""
+    import numpy as np
+
+    from deepatlas import checkpoint, files, outputs, regseg, transforms
+
+    outputs.claim(outputs.registration_paths(output, labels=labels is not None), overwrite)
+    loaded = regseg.load(checkpoint.find(model))
+    still, laid = files.read_image(fixed), files.read_image(moving)
+    drawn = files.read_labels(labels, like=laid) if labels else None
+    there, back = regseg.register(loaded, still, laid), regseg.register(loaded, laid, still)
+    outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
+    places = loaded.frame.points_mm(still)[regseg.placed(still, loaded.frame).inside]
+    apart = transforms.inverse_consistency_mm(there, back, places)
+    moved = np.linalg.norm(there.points(places) - places, axis=-1)
+    about = {
+        "fixed": still.name,
+        "moving": laid.name,
+        "model": loaded.name,
+        "folded": round(regseg.folded(loaded, there, still), 6),
+        "displacement_mm": _spread(moved),
+        "inverse_consistency_mm": _spread(apart),
+    }
+    checkpoint.write_text(output / "report.json", json.dumps(about, indent=1))
+    typer.echo(
+        f"{output}: {about['folded']:.2%} folds, there and back differs by {about['inverse_consistency_mm']['median']} "
+        "mm in the median."
+    )
+
+
+def _spread(values) -> dict[str, float]:
+    import numpy as np
+
+    return {"median": round(float(np.median(values)), 3), "p95": round(float(np.percentile(values, 95)), 3)}
+
+
+def segment(
+    model: ModelOption,
+    inputs: Annotated[Path, typer.Option("-i", "--input", help="An image or a folder of them.")],
+    output: OutOption,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Segment images on their own grids: OUT/<exam>_seg.nii.gz."""
+    from deepatlas import checkpoint, files, outputs, regseg
+
+    paths = files.find_exams(inputs)
+    targets = {path: outputs.answer_paths(output, files.exam_name(path))[0] for path in paths}
+    outputs.claim(targets.values(), overwrite)
+    loaded = regseg.load(checkpoint.find(model))
+
+    def work(path: Path) -> None:
+        image = files.read_image(path)
+        files.write_labels(targets[path], regseg.segment(loaded, image), image)
+
+    each_exam(paths, work, output if inputs.is_dir() else None, "Segmenting")
+    typer.echo(f"{output}: {', '.join(f'{name} {number}' for name, number in loaded.classes.items())}.")
+
+
+def evaluate(
+    model: ModelOption,
+    images: ImagesOption,
+    labels: LabelsOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON to write.")],
+    exams: Annotated[Path | None, typer.Option("--exams", help="Only these: one exam name a line.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="CSV of moving,fixed; by default --count random ones.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Random pairs.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Of the random pairs.", min=0)] = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Score segmentation of labelled images and registration of pairs of them."""
+    from deepatlas import checkpoint, files, outputs, regseg
+
+    outputs.claim([output], overwrite)
+    loaded = regseg.load(checkpoint.find(model))
+    drawn = {files.exam_name(path): path for path in files.find_exams(labels)}
+    paths = {files.exam_name(path): path for path in files.find_exams(images)}
+    wanted = files.read_list(exams) if exams else [name for name in paths if name in drawn]
+    for name in wanted:
+        if name not in paths or name not in drawn:
+            raise ExamError(f"Expected an image and labels of {name}, found one of them at most; correct the list.")
+    both = {name: (files.read_image(paths[name]), files.read_labels(drawn[name])) for name in wanted}
+    chosen = regseg.read_pairs(pairs) if pairs else regseg.random_pairs(wanted, count, seed)
+    unknown = {name for pair in chosen for name in pair} - both.keys()
+    if unknown:
+        raise ExamError(f"Expected pairs of the labelled exams, got {sorted(unknown)[0]}; correct the list of pairs.")
+    with counting("Scoring") as told:
+        about = regseg.scores(loaded, both, chosen, told)
+    checkpoint.write_text(output, json.dumps(about, indent=1))
+    typer.echo(
+        f"segmentation Dice {about['segmentation']['mean']:.3f} over {len(both)} exams, registration Dice "
+        f"{about['registration']['mean']:.3f} over {len(chosen)} pairs, {about['registration']['folded']:.3%} folded."
+    )

@@ -1,0 +1,738 @@
+"""DeepAtlas, the 2019 system: a registration and a segmentation network that teach each other from few labels.
+
+    u = R(I_m, I_t)     φ⁻¹ = id + u     I_m ∘ φ⁻¹ ≈ I_t        registration of a moving image to a target
+    F(I)                                                        segmentation: a probability of every class
+
+==========================  ============================================================================
+registration step, F held   L_i(I_m∘φ⁻¹, I_t) + λ_r L_r(u) + λ_a L_a(S_m∘φ⁻¹, S_t); where an image has no
+                            labels S is F's soft answer
+segmentation step, R held   target unlabelled: λ_a L_a(S_m∘φ⁻¹, F(I_t)) + λ_sp L_sp(F(I_m), S_m)
+                            moving unlabelled: λ_a L_a(F(I_m)∘φ⁻¹, S_t) + λ_sp L_sp(F(I_t), S_t)
+                            both labelled: λ_sp L_sp(F(I_m), S_m); none labelled: nothing
+==========================  ============================================================================
+
+L_i is `losses.correlation`, L_r `losses.bending_energy`, L_a and L_sp are `losses.soft_dice`.
+
+Source: Xu and Niethammer 2019. The authors' weights were not found; `deepatlas.config.RegSeg` says what ours are.
+"""
+
+import csv
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from scipy import ndimage
+from torch import Generator, Tensor, nn
+
+from deepatlas import augment, checkpoint, grid, losses
+from deepatlas.config import RegSeg
+from deepatlas.errors import ExamError, LabelError, ModelError
+from deepatlas.loop import Progress, Reporter, csv_log, optimiser_of, tensors_of
+from deepatlas.machine import denormals_are_zero, keep_freed_memory
+from deepatlas.metrics import bootstrap_interval, dice
+from deepatlas.networks import LEAK, Backbone, channels_first, channels_last
+from deepatlas.prepare import sample_mm
+from deepatlas.shapes import Coordinates, Image, Mask
+from deepatlas.transforms import Transform, moved
+from deepatlas.volume import Volume, to_ras
+
+FORMAT = "deepatlas-regseg"
+VERSION = 1
+HALVINGS = 4
+"""Times the registration network halves the grid, so its sizes are multiples of 2⁴."""
+LARGEST_GRID = 128
+"""Nodes along the longest axis of a grid that nobody chose the spacing of."""
+
+
+# ── the grid that all images are brought to ────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A grid of one size and spacing, laid over every image middle on middle, along the axes nearest to R, A, S."""
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    scaling: str = "percentile"
+    """How intensities become 0 ... 1: "percentile" (1st to 99th of what is above the least value), or "LOW:HIGH"."""
+
+    def to_mm(self, volume: Volume) -> np.ndarray:
+        """Index of the grid → mm of an image, (4, 4). Voxels of the grid's own spacing are kept as they are."""
+        ras = to_ras(volume)
+        step = np.array(self.spacing_mm) / ras.spacing_mm
+        start = (np.array(ras.shape) - 1) / 2 - step * (np.array(self.shape) - 1) / 2
+        start = np.where(np.abs(step - 1) < 1e-3, np.floor(start), start)
+        matrix = np.diag([*step, 1.0])
+        matrix[:3, 3] = start
+        return ras.affine @ matrix
+
+    def points_mm(self, volume: Volume) -> np.ndarray:
+        """Places of the grid's nodes in an image, (i, j, k, 3) mm."""
+        index = np.stack([*np.indices(self.shape), np.ones(self.shape)], axis=-1)
+        return (index @ self.to_mm(volume).T)[..., :3]
+
+
+def frame_for(volumes: list[Volume], spacing_mm: float | None = None, scaling: str = "percentile") -> Frame:
+    """The grid that holds every image whole, of their median spacing unless one is asked for.
+
+    Raises:
+        ExamError: the scaling cannot be read.
+    """
+    limits_of(scaling, np.zeros(2))
+    upright = [to_ras(volume) for volume in volumes]
+    extents = np.max([volume.spacing_mm * volume.shape for volume in upright], axis=0)
+    spacing = np.median([volume.spacing_mm for volume in upright], axis=0)
+    spacing = np.maximum(spacing, extents / LARGEST_GRID) if spacing_mm is None else np.full(3, spacing_mm)
+    multiple = 2**HALVINGS
+    shape = np.ceil(np.round(extents / spacing, 3) / multiple) * multiple
+    return Frame(tuple(int(n) for n in shape), tuple(round(float(s), 6) for s in spacing), scaling)
+
+
+def limits_of(scaling: str, values: np.ndarray) -> tuple[float, float]:
+    """The two intensities that become 0 and 1.
+
+    Raises:
+        ExamError: neither "percentile" nor "LOW:HIGH".
+    """
+    if scaling == "percentile":
+        above = values[values > values.min()]
+        low, high = np.percentile(above, (1, 99)) if len(above) else (0.0, 1.0)
+        return float(low), float(max(high, low + 1e-6))
+    try:
+        low, high = (float(part) for part in scaling.split(":"))
+        if low < high:
+            return low, high
+    except ValueError:
+        pass
+    raise ExamError(f'Expected a scaling "percentile" or "LOW:HIGH" such as "-256:256", got {scaling!r}.')
+
+
+class Placed(NamedTuple):
+    """An image on the grid."""
+
+    image: Float[np.ndarray, "i j k"]
+    """0 ... 1."""
+    inside: np.ndarray
+    """Where the image reaches, boolean (i, j, k): its edge is no anatomy."""
+
+
+def placed(volume: Volume, frame: Frame) -> Placed:
+    """An image on the grid; 0 beyond its edges."""
+    values = np.asarray(volume.array, np.float32)
+    low, high = limits_of(frame.scaling, values)
+    coarser = np.array(frame.spacing_mm) / to_ras(volume).spacing_mm.clip(1e-6)
+    smooth = Volume(values, volume.affine)
+    if coarser.max() > 1.2:  # what the grid cannot hold must not alias
+        ras = to_ras(smooth)
+        smooth = Volume(ndimage.gaussian_filter(ras.array, 0.4 * np.where(coarser > 1.2, coarser, 0)), ras.affine)
+    found = sample_mm(smooth, frame.points_mm(volume), outside=np.nan)
+    inside = np.isfinite(found)
+    return Placed(np.where(inside, np.clip((found - low) / (high - low), 0, 1), 0).astype(np.float32), inside)
+
+
+class Cases(NamedTuple):
+    """Images on the grid, and whichever labels exist."""
+
+    names: list[str]
+    image: Image
+    inside: Mask
+    labels: Tensor
+    """Class of every voxel, (case, i, j, k) uint8, 0 is background; all 0 where there are no labels."""
+    labelled: Tensor
+    """Which have labels, boolean (case,)."""
+    classes: int
+    """Beside the background."""
+
+    def picked(self, cases: list[int], labelled: list[int] | None = None) -> "Cases":
+        """Some of the cases; with ``labelled``, the only ones of them whose labels are used."""
+        has = self.labelled.clone()
+        if labelled is not None:
+            has &= torch.isin(torch.arange(len(has)), torch.tensor(labelled))
+        names = [self.names[case] for case in cases]
+        return Cases(names, self.image[cases], self.inside[cases], self.labels[cases], has[cases], self.classes)
+
+
+def cases_of(volumes: dict[str, Volume], labels: dict[str, Volume], frame: Frame, numbers: tuple[int, ...]) -> Cases:
+    """Images (by name) and the label maps that exist on one grid.
+
+    Args:
+        numbers: number of each class in the label maps, in the order of the network's answers.
+
+    Raises:
+        LabelError: a label map holds none of the numbers.
+    """
+    images, insides, maps = [], [], []
+    for name, volume in volumes.items():
+        image, inside = placed(volume, frame)
+        images.append(image)
+        insides.append(inside)
+        drawn = np.zeros(frame.shape, np.uint8)
+        if name in labels:
+            found = sample_mm(labels[name], frame.points_mm(volume), order="nearest", outside=0)
+            for number, value in enumerate(numbers, start=1):
+                drawn[found == value] = number
+            if not drawn.any():
+                raise LabelError(f"The labels of {name} hold none of {', '.join(map(str, numbers))}; leave it out.")
+        maps.append(drawn)
+    return Cases(
+        list(volumes),
+        torch.from_numpy(np.stack(images))[:, None],
+        torch.from_numpy(np.stack(insides))[:, None],
+        torch.from_numpy(np.stack(maps)),
+        torch.tensor([name in labels for name in volumes]),
+        len(numbers),
+    )
+
+
+def joined(parts: list[Cases]) -> Cases:
+    """Cases read one by one, as one."""
+    names = [name for part in parts for name in part.names]
+    tensors = [torch.cat(tensors) for tensors in zip(*(part[1:5] for part in parts), strict=True)]
+    return Cases(names, *tensors, parts[0].classes)
+
+
+# ── the two networks ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RegistrationNetwork(nn.Module):
+    """(moving, target) → displacement u in voxels, on the target's grid: ``I_m ∘ (id + u) ≈ I_t``.
+
+    A light U-Net: encoder 16-32-32-32-32, all but the first with stride 2; decoder 32-32-32-8-8; 3³ to 3 channels.
+    It begins as the identity.
+    """
+
+    def __init__(self, encoder: tuple[int, ...] = (16, 32, 32, 32, 32), decoder: tuple[int, ...] = (32, 32, 32, 8, 8)):
+        super().__init__()
+        down = zip((2, *encoder), encoder, strict=False)
+        self.encoder = nn.ModuleList(nn.Conv3d(a, b, 3, 2 if n else 1, 1) for n, (a, b) in enumerate(down))
+        skips = (*encoder[-2::-1], 0)
+        up = zip((encoder[-1], *decoder), skips, decoder, strict=False)
+        self.decoder = nn.ModuleList(nn.Conv3d(a + skip, b, 3, 1, 1) for a, skip, b in up)
+        self.last = nn.Conv3d(decoder[-1], 3, 3, 1, 1)
+        nn.init.normal_(self.last.weight, std=1e-5)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, moving: Image, target: Image) -> Coordinates:
+        """Source: §3 of the decisions, VoxelMorph's kind."""
+        x = channels_last(torch.cat([moving, target], dim=1))
+        skips = []
+        for convolution in self.encoder:
+            x = F.leaky_relu(convolution(x), LEAK)
+            skips.append(x)
+        x = skips.pop()
+        for convolution in self.decoder:
+            if skips:
+                x = torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skips.pop()], dim=1)
+            x = F.leaky_relu(convolution(x), LEAK)
+        return channels_first(self.last(x))
+
+
+class SegmentationNetwork(nn.Module):
+    """Image → probabilities of the background and of every class. A light U-Net of 8 to 64 channels."""
+
+    def __init__(self, classes: int, widths: tuple[int, ...] = (8, 16, 32, 64)) -> None:
+        super().__init__()
+        self.backbone = Backbone(widths, groups=4)
+        self.last = nn.Conv3d(widths[0], classes + 1, 1)
+
+    def forward(self, image: Image) -> Float[Tensor, "batch class i j k"]:
+        """Softmax over the classes."""
+        features = self.backbone(image)[0]
+        return channels_first(self.last(F.leaky_relu(features, LEAK))).softmax(dim=1)
+
+
+class Networks(NamedTuple):
+    """Both of them."""
+
+    registration: RegistrationNetwork
+    segmentation: SegmentationNetwork
+
+
+def networks_for(classes: int, seed: int = 0) -> Networks:
+    """Two fresh networks."""
+    torch.manual_seed(seed)
+    return Networks(RegistrationNetwork(), SegmentationNetwork(classes))
+
+
+def phi_box(shift_voxels: Coordinates) -> Coordinates:
+    """``id + u`` in the box frame, from u in voxels."""
+    shape = tuple(shift_voxels.shape[2:])
+    scale = shift_voxels.new_tensor([2 / (n - 1) for n in shape]).view(1, 3, 1, 1, 1)
+    return grid.identity(shape).to(shift_voxels) + scale * shift_voxels
+
+
+# ── the two steps ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class View(NamedTuple):
+    """A batch of images as drawn."""
+
+    image: Image
+    inside: Mask
+    labels: Float[Tensor, "batch class i j k"]
+    """One channel per class, background first; soft, as they were moved with the image."""
+    labelled: Tensor
+    """Boolean (batch,)."""
+
+
+def registration_terms(networks: Networks, moving: View, target: View, weights: RegSeg) -> dict[str, Tensor]:
+    """The loss of a registration step and its terms, means over the batch; F is held.
+
+    With ``weights.anatomy`` 0 it is the unsupervised registration, and F is not asked.
+    """
+    shift = networks.registration(moving.image, target.image)
+    where = phi_box(shift)
+    channels = [moving.image, moving.inside.to(moving.image)]
+    if weights.anatomy:
+        with torch.no_grad():
+            drawn = [_drawn_or_found(networks.segmentation, view) for view in (moving, target)]
+        channels.append(drawn[0])
+    warped = grid.sample(torch.cat(channels, dim=1), where)
+    seen = target.inside & (warped[:, 1:2] > 0.99)
+    terms = {
+        "similarity": 1 - losses.correlation(warped[:, :1], target.image, seen, weights.window).mean(),
+        "bending": losses.bending_energy(shift).mean(),
+    }
+    loss = terms["similarity"] + weights.bending * terms["bending"]
+    if weights.anatomy:
+        terms["anatomy"] = losses.soft_dice(warped[:, 3:], drawn[1][:, 1:], seen).mean()
+        loss = loss + weights.anatomy * terms["anatomy"]
+    return {"loss": loss} | terms
+
+
+def _drawn_or_found(segmentation: SegmentationNetwork, view: View) -> Tensor:
+    """The labels where there are any, else the network's soft answer."""
+    if view.labelled.all():
+        return view.labels
+    return torch.where(view.labelled.view(-1, 1, 1, 1, 1), view.labels, segmentation(view.image))
+
+
+def segmentation_terms(networks: Networks, moving: View, target: View, weights: RegSeg) -> dict[str, Tensor]:
+    """The loss of a segmentation step and its terms, means over the batch; R is held.
+
+    Pairs without any label give 0, and pairs of two labelled images have no anatomy term: it would be a constant.
+    """
+    one = moving.labelled ^ target.labelled
+    found_m = networks.segmentation(moving.image)
+    found_t = networks.segmentation(target.image) if (~moving.labelled | one).any() else target.labels
+    of_m = losses.soft_dice(found_m[:, 1:], moving.labels[:, 1:], moving.inside)
+    of_t = losses.soft_dice(found_t[:, 1:], target.labels[:, 1:], target.inside)
+    none = torch.zeros_like(of_m)
+    supervised = torch.where(moving.labelled, of_m, torch.where(target.labelled, of_t, none))
+    anatomy = none
+    if weights.anatomy and one.any():
+        with torch.no_grad():
+            where = phi_box(networks.registration(moving.image, target.image))
+        labelled = (view.labelled.view(-1, 1, 1, 1, 1) for view in (moving, target))
+        sides = zip(labelled, (moving.labels, target.labels), (found_m, found_t), strict=True)
+        s_m, s_t = (torch.where(has, drawn, found) for has, drawn, found in sides)
+        warped = grid.sample(torch.cat([moving.inside.to(s_m), s_m[:, 1:]], dim=1), where)
+        apart = losses.soft_dice(warped[:, 1:], s_t[:, 1:], target.inside & (warped[:, :1] > 0.99))
+        anatomy = torch.where(one, apart, none)
+    loss = weights.anatomy * anatomy.mean() + weights.supervised * supervised.mean()
+    return {"loss": loss, "anatomy": anatomy.mean(), "supervised": supervised.mean()}
+
+
+# ── training ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+COLUMNS = ("stage", "step", "seconds", "loss", "similarity", "bending", "anatomy", "supervised", "segmentation")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Two trained networks and the grid they see."""
+
+    networks: Networks
+    frame: Frame
+    classes: dict[str, int]
+    """Name of each class → its number in label maps, in the order of the network's answers."""
+    name: str = "regseg"
+
+
+def schedule(cases: Cases, settings: RegSeg) -> RegSeg:
+    """The stages that fit the labels: from one label the segmentation network learns with the registration held
+    ("semi"), from more it learns alone first. Source: the decisions on the 2019 system, schedule."""
+    if int(cases.labelled.sum()) == 1 and not settings.semi:
+        return replace(settings, semi=settings.segmentation, segmentation=0)
+    return settings
+
+
+def train(
+    cases: Cases,
+    frame: Frame,
+    classes: dict[str, int],
+    settings: RegSeg,
+    out: Path | None = None,
+    start: Networks | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Model:
+    """Train both networks by the stages of the settings, one after the other; those of 0 steps are left out.
+
+    Args:
+        out: model folder; ``training/`` in it holds the log and the state to resume from. None: nothing is written.
+        start: networks to go on from.
+        resume: continue a training that was stopped, to the bit with the same number of threads.
+
+    Raises:
+        LabelError: a stage needs labels and there are none.
+        ExamError: fewer than two images.
+        ModelError: nothing to resume, another training than the one begun, or the folder is taken.
+    """
+    if len(cases.names) < 2:
+        raise ExamError(f"Expected at least 2 images to pair, got {len(cases.names)}; give a folder of more.")
+    if not cases.labelled.any() and settings.segmentation + settings.semi + settings.joint:
+        raise LabelError("Expected at least one labelled image, got none; list one, or train the registration only.")
+    run = Run(cases, settings, start)
+    about = {"settings": asdict(settings), "cases": cases.names, "frame": asdict(frame), "classes": classes}
+    about = json.loads(json.dumps(about | {"labelled": cases.labelled.tolist()}))
+    stages, first = run.stages(), (0, 0)
+    folder = None if out is None else out / "training"
+    if folder is not None:
+        begun = (folder / "state.json").exists()
+        if resume and not begun:
+            raise ModelError(f"There is nothing to resume in {out}; start without --resume.")
+        if not resume and (begun or (out / "model.json").exists()):
+            raise ModelError(f"{out} already holds a model or a training; add --resume, or choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        first = run.restore(folder, about) if resume else first
+    keep_freed_memory()
+    with csv_log(None if folder is None else folder / "log.csv", resume, COLUMNS) as write_row, denormals_are_zero():
+        report = Reporter(stages, first, on_progress, write_row)
+        saved = time.monotonic()
+        for number, (name, steps, step_of) in enumerate(stages):
+            if number < first[0]:
+                continue
+            begin = first[1] if number == first[0] else 0
+            if not begin:
+                run.enter()
+            for step in range(begin, steps):
+                for group in run.optimisers:
+                    group.param_groups[0]["lr"] = settings.rate * _decay(step / steps)
+                report.step(number, step, name, steps, step_of(number, step))
+                if folder is not None and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
+                    run.save(folder, about, number, step + 1)
+                    saved = time.monotonic()
+    model = Model(Networks(*(network.eval() for network in run.networks)), frame, classes)
+    if out is not None:
+        save(model, out)
+        run.save(folder, about, len(stages), 0)
+    return model
+
+
+def _decay(share: float) -> float:
+    """The rate falls along a cosine to a tenth over a stage."""
+    return 0.1 + 0.45 * (1 + np.cos(np.pi * share))
+
+
+class Run:
+    """Both networks and their optimisers. Every step draws its chance from the seed, the stage and the step alone."""
+
+    def __init__(self, cases: Cases, settings: RegSeg, start: Networks | None) -> None:
+        self.cases, self.settings = cases, settings
+        self.networks = start or networks_for(cases.classes, settings.seed)
+        for network in self.networks:
+            network.to(memory_format=torch.channels_last_3d).train().requires_grad_(True)
+        self.drawn = [n for n, has in enumerate(cases.labelled.tolist()) if has]
+        self.spoken = float("nan")
+        """Loss of the last segmentation step of the alternation, for the log."""
+        self.enter()
+
+    def stages(self) -> list[tuple[str, int, Callable[[int, int], dict[str, float]]]]:
+        """Name, steps and step function of every stage, in order."""
+        alone = replace(self.settings, anatomy=0.0)
+        every = [
+            ("registration", self.settings.registration, partial(self.registration_step, alone)),
+            ("segmentation", self.settings.segmentation, partial(self.segmentation_step, alone)),
+            ("semi", self.settings.semi, partial(self.segmentation_step, self.settings)),
+            ("guided", self.settings.guided, partial(self.registration_step, self.settings)),
+            ("joint", self.settings.joint, self.joint_step),
+        ]
+        return [stage for stage in every if stage[1]]
+
+    def enter(self) -> None:
+        """Fresh optimisers for a stage: registration, segmentation."""
+        self.optimisers = [torch.optim.Adam(network.parameters(), self.settings.rate) for network in self.networks]
+
+    def registration_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
+        """R learns, F is held."""
+        moving, target = self.pair(stage, step)
+        terms = registration_terms(self.networks, moving, target, settings)
+        self.optimisers[0].zero_grad()
+        terms["loss"].backward()
+        self.optimisers[0].step()
+        return {key: float(value.detach()) for key, value in terms.items()}
+
+    def segmentation_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
+        """F learns, R is held. With no weight on anatomy it learns from the labelled images alone."""
+        chance = self.chance(stage, step, 1)
+        if settings.anatomy:
+            moving, target = self.half_labelled(chance)
+        else:
+            moving = target = self.view(_some(self.drawn, settings.batch, chance), chance)
+        terms = segmentation_terms(self.networks, moving, target, settings)
+        self.optimisers[1].zero_grad()
+        terms["loss"].backward()
+        self.optimisers[1].step()
+        return {key: float(value.detach()) for key, value in terms.items()}
+
+    def joint_step(self, stage: int, step: int) -> dict[str, float]:
+        """A registration step, and after every ``ratio`` of them one of segmentation."""
+        terms = self.registration_step(self.settings, stage, step)
+        if (step + 1) % self.settings.ratio == 0:
+            self.spoken = self.segmentation_step(self.settings, stage, step)["loss"]
+        return terms | {"segmentation": self.spoken}
+
+    def chance(self, stage: int, step: int, part: int = 0) -> Generator:
+        """The generator of one step."""
+        key = np.random.SeedSequence((self.settings.seed, stage, step, part)).generate_state(1, np.uint64)[0]
+        return Generator().manual_seed(int(key >> np.uint64(1)))
+
+    def pair(self, stage: int, step: int) -> tuple[View, View]:
+        """Random pairs of different images."""
+        chance = self.chance(stage, step)
+        count = len(self.cases.names)
+        moving = torch.randint(count, (self.settings.batch,), generator=chance)
+        other = (moving + 1 + torch.randint(count - 1, (self.settings.batch,), generator=chance)) % count
+        return self.view(moving.tolist(), chance), self.view(other.tolist(), chance)
+
+    def half_labelled(self, chance: Generator) -> tuple[View, View]:
+        """Random pairs with labels on at least one side, the moving one half of the time."""
+        labelled = _some(self.drawn, self.settings.batch, chance)
+        free = [n for n in range(len(self.cases.names)) if n not in set(labelled)]
+        views = [self.view(labelled, chance), self.view(_some(free or labelled, self.settings.batch, chance), chance)]
+        swap = bool(torch.rand(1, generator=chance) < 0.5)
+        return (views[1], views[0]) if swap else (views[0], views[1])
+
+    def view(self, cases: list[int], chance: Generator) -> View:
+        """Images and labels under a random affine map, bend and contrast."""
+        how, shape = self.settings.augmentation, tuple(self.cases.image.shape[2:])
+        images, insides = self.cases.image[cases], self.cases.inside[cases]
+        half_mm = torch.diag(torch.tensor([float(n - 1) for n in shape])).expand(len(cases), 3, 3)
+        matrix = augment.draw_affine(half_mm, chance, how.scale, how.rotation, how.translation)
+        bend = grid.resize(augment.draw_bend(len(cases), chance, self.settings.bend), shape)
+        where = augment.place(matrix, shape) + bend
+        hot = F.one_hot(self.cases.labels[cases].long(), self.cases.classes + 1).movedim(-1, 1).to(images)
+        moved = grid.sample(torch.cat([images, insides.to(images), hot], dim=1), where)
+        inside = (moved[:, 1:2] > 0.99) & grid.inside(where)
+        tone = augment.draw_tone(len(cases), chance, how.tone)
+        image = augment.apply_tone(moved[:, :1] * inside, tone, chance)
+        return View(image, inside, moved[:, 2:], self.cases.labelled[cases])
+
+    def save(self, folder: Path, about: dict, stage: int, step: int) -> None:
+        """Write the state to resume from: tensors first, then where they stand."""
+        tensors = {}
+        for name, network, optimiser in zip(Networks._fields, self.networks, self.optimisers, strict=True):
+            tensors |= {f"{name}.{k}": v for k, v in network.state_dict().items()}
+            tensors |= tensors_of(optimiser, f"adam.{name}.")
+        file = f"state-{stage}-{step}.safetensors"
+        checkpoint.write_tensors(folder / file, tensors)
+        state = {"stage": stage, "step": step, "file": file, "about": about}
+        state["shapes"] = {k: list(v.shape) for k, v in tensors.items()}
+        checkpoint.write_text(folder / "state.json", json.dumps(state))
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != file:
+                old.unlink()
+
+    def restore(self, folder: Path, about: dict) -> tuple[int, int]:
+        """Read the state back; the stage and the step to go on with."""
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        odd = [key for key in about if about[key] != state["about"].get(key)]
+        if odd:
+            raise ModelError(f"This training was begun with other {' and '.join(odd)}; resume with the same.")
+        shapes = {k: tuple(v) for k, v in state["shapes"].items()}
+        tensors = checkpoint.read_tensors(folder / state["file"], shapes, {"F32"})
+        for name, network, optimiser in zip(Networks._fields, self.networks, self.optimisers, strict=True):
+            network.load_state_dict(checkpoint.under(tensors, f"{name}."))
+            optimiser_of(optimiser, checkpoint.under(tensors, f"adam.{name}."))
+        return state["stage"], state["step"]
+
+
+def _some(choices: list[int], count: int, chance: Generator) -> list[int]:
+    """Random ones of a list, with repeats."""
+    return [choices[n] for n in torch.randint(len(choices), (count,), generator=chance).tolist()]
+
+
+# ── use ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def segment(model: Model, volume: Volume) -> np.ndarray:
+    """The class of every voxel of an image, on its own grid, as numbers of the label maps: (i, j, k) int32."""
+    image, _ = placed(volume, model.frame)
+    with torch.no_grad():
+        found = model.networks.segmentation(torch.from_numpy(image)[None, None])[0].numpy()
+    # each class is brought back linearly, then the most probable is taken: never linear on class numbers
+    onto = np.linalg.inv(model.frame.to_mm(volume)) @ volume.affine
+    index = np.stack([*np.indices(volume.shape), np.ones(volume.shape)]).reshape(4, -1)
+    where = (onto @ index)[:3].reshape(3, *volume.shape)
+    back = np.stack([ndimage.map_coordinates(one, where, order=1, mode="nearest") for one in found])
+    return np.array([0, *model.classes.values()], np.int32)[back.argmax(axis=0)]
+
+
+def register(model: Model, fixed: Volume, moving: Volume) -> Transform:
+    """Φ from the fixed image to the moving one, mm → mm: the middles of both laid on each other, then u."""
+    views = [torch.from_numpy(placed(volume, model.frame).image)[None, None] for volume in (moving, fixed)]
+    with torch.no_grad():
+        shift = model.networks.registration(*views)[0].numpy()
+    to_moving, to_fixed = (model.frame.to_mm(volume) for volume in (moving, fixed))
+    shift_mm = np.einsum("ab,bijk->aijk", to_moving[:3, :3], shift)
+    return Transform(to_moving @ np.linalg.inv(to_fixed), shift_mm, to_fixed)
+
+
+def folded(model: Model, found: Transform, fixed: Volume) -> float:
+    """Share of the fixed image where a registration folds."""
+    return float((found.determinants()[placed(fixed, model.frame).inside] <= 0).mean())
+
+
+class Scores(NamedTuple):
+    """Dice of each class, NaN where neither holds it, and where it is a registration the share that folds."""
+
+    dice: dict[str, float]
+    folded: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Over the classes."""
+        return float(np.nanmean(list(self.dice.values())))
+
+
+def score_segmentation(model: Model, volume: Volume, labels: Volume) -> Scores:
+    """A segmentation against the labels, on the image's own grid."""
+    return Scores(_dice(model, labels.array, segment(model, volume)))
+
+
+def score_registration(
+    model: Model, fixed: tuple[Volume, Volume], moving: tuple[Volume, Volume], found: Transform | None = None
+) -> Scores:
+    """Labels of the moving image, moved, against those of the fixed one, on its own grid.
+
+    Args:
+        fixed, moving: an image and its labels.
+        found: the registration, where it is known already.
+    """
+    found = found or register(model, fixed[0], moving[0])
+    laid = moved(found, fixed[1], moving[1], labels=True)
+    return Scores(_dice(model, fixed[1].array, laid), folded(model, found, fixed[0]))
+
+
+def random_pairs(names: list[str], count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Different (moving, fixed) pairs of exams, or all there are.
+
+    Raises:
+        ExamError: fewer than two exams.
+    """
+    if len(names) < 2:
+        raise ExamError(f"Expected at least 2 exams to pair, got {len(names)}; give more.")
+    every = [(a, b) for a in names for b in names if a != b]
+    chosen = np.random.default_rng(seed).permutation(len(every))[:count]
+    return [every[n] for n in chosen]
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """A table of pairs with the columns moving, fixed.
+
+    Raises:
+        ExamError: it cannot be read, or has other columns.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [(row["moving"], row["fixed"]) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise ExamError(f"Expected a table with columns moving,fixed in {path} ({error}); mend it.") from None
+
+
+def scores(
+    model: Model,
+    exams: dict[str, tuple[Volume, Volume]],
+    pairs: list[tuple[str, str]],
+    on_done: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Dice of the segmentation of exams and of the registration of (moving, fixed) pairs, in types that JSON knows.
+
+    Args:
+        exams: image and labels by name.
+    """
+    told, total = on_done or (lambda *_: None), len(exams) + len(pairs)
+    found: dict[str, Scores] = {}
+    for name, both in exams.items():
+        found[name] = score_segmentation(model, *both)
+        told(len(found), total, name)
+    laid = []
+    for moving, fixed in pairs:
+        laid.append(score_registration(model, exams[fixed], exams[moving]))
+        told(len(found) + len(laid), total, f"{moving} on {fixed}")
+    return {
+        "segmentation": _summary(list(found.values())) | {"exams": {n: _rounded(s) for n, s in found.items()}},
+        "registration": _summary(laid)
+        | {
+            "folded": float(np.mean([one.folded for one in laid])) if laid else None,
+            "pairs": [{"moving": m, "fixed": f, "dice": _rounded(s)} for (m, f), s in zip(pairs, laid, strict=True)],
+        },
+    }
+
+
+def _summary(found: list[Scores]) -> dict[str, Any]:
+    """Mean Dice over classes and exams, its 95 % interval, and the mean of each class."""
+    means = np.array([one.mean for one in found])
+    low, high = bootstrap_interval(means)
+    each = {name: float(np.nanmean([one.dice[name] for one in found])) for name in (found[0].dice if found else ())}
+    return {"mean": float(np.nanmean(means)) if found else None, "low": low, "high": high, "classes": each}
+
+
+def _rounded(found: Scores) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else round(value, 4) for name, value in found.dice.items()}
+
+
+def _dice(model: Model, truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    return {name: dice(truth == number, found == number) for name, number in model.classes.items()}
+
+
+# ── on disk ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save(model: Model, folder: Path, half: bool = False) -> None:
+    """Write a model folder: ``weights.safetensors``, then ``model.json``. ``half`` stores half precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = torch.float16 if half else torch.float32
+    tensors = {
+        f"{name}.{k}": v.to(kind)
+        for name, network in zip(Networks._fields, model.networks, strict=True)
+        for k, v in network.state_dict().items()
+    }
+    checkpoint.write_tensors(folder / "weights.safetensors", tensors)
+    about = {"format": FORMAT, "version": VERSION, "frame": asdict(model.frame)}
+    about["structures"] = [{"name": name, "label": number} for name, number in model.classes.items()]
+    checkpoint.write_text(folder / "model.json", json.dumps(about, indent=1))
+
+
+def load(folder: Path) -> Model:
+    """Read a model folder.
+
+    Raises:
+        ModelError: not a model of this system, another version, or files that do not fit their description.
+    """
+    about = checkpoint.describe(folder, FORMAT, VERSION)
+    try:
+        frame = about["frame"]
+        frame = Frame(
+            tuple(int(n) for n in frame["shape"]), tuple(float(s) for s in frame["spacing_mm"]), str(frame["scaling"])
+        )
+        classes = {str(one["name"]): int(one["label"]) for one in about["structures"]}
+        networks = networks_for(len(classes))
+        parts = [(f"{name}.", network) for name, network in zip(Networks._fields, networks, strict=True)]
+        shapes = {p + k: tuple(v.shape) for p, network in parts for k, v in network.state_dict().items()}
+        tensors = checkpoint.read_tensors(folder / "weights.safetensors", shapes, {"F16", "F32"})
+        for prefix, network in parts:
+            network.load_state_dict({k: v.float() for k, v in checkpoint.under(tensors, prefix).items()})
+            network.to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder / 'model.json'} does not describe a model ({error}); copy it again.") from error
+    return Model(networks, frame, classes, folder.name)
