@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from deepatlas.kernels_cpu.memory import forget_results
+
 MIB = 1 << 20
 
 
@@ -68,6 +70,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
         run()
         _wait()
         return torch.cuda.max_memory_allocated() - before
+    forget_results()
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).malloc_trim(0)
     with _Watch() as watch:

@@ -1,5 +1,7 @@
 """The fused kernels: the same numbers as the plain forms, however the work is split."""
 
+import gc
+
 import numba
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from deepatlas import grid, kernels_cpu, losses, networks, warp
 from deepatlas.kernels_cpu import inversion, sampling
+from deepatlas.kernels_cpu.memory import result_array
 
 SHAPE = (7, 5, 6)
 COUNT = 2500  # more than two chunks, and no multiple of one
@@ -38,8 +41,7 @@ def problem(request):
 
 def invert(c_p, target, active, forward, inverse, steps=8, tolerance=1e-3):
     """The kernel, with torch tensors on both sides."""
-    out, residual, det = torch.empty_like(target), torch.empty_like(target[:, 0]), torch.empty_like(target[:, 0])
-    kernels_cpu.invert(
+    found = kernels_cpu.invert(
         grid.flat(c_p),
         SHAPE,
         grid.flat(target),
@@ -49,11 +51,27 @@ def invert(c_p, target, active, forward, inverse, steps=8, tolerance=1e-3):
         steps,
         tolerance,
         warp._floor(forward).numpy(),
-        out.numpy(),
-        residual.numpy(),
-        det.numpy(),
     )
-    return out, residual, det
+    return tuple(torch.from_numpy(part) for part in found)
+
+
+def test_a_result_is_nobodys_memory_while_it_or_a_view_of_it_is_held():
+    first = result_array((2, 3), np.float32)
+    first[:] = 1
+    view = torch.from_numpy(first)[1:, 1:].view(-1)
+    address = first.ctypes.data
+    del first
+    second = result_array((2, 3), np.float32)
+    second[:] = 2
+    assert second.ctypes.data != address
+    assert view.tolist() == [1, 1]
+    part = second[1]
+    del second
+    result_array((2, 3), np.float32)[:] = 3
+    assert part.tolist() == [2, 2, 2]
+    del view
+    gc.collect()
+    assert result_array((2, 3), np.float32).ctypes.data == address
 
 
 def test_parts_give_every_thread_work_and_no_more(monkeypatch):

@@ -161,9 +161,8 @@ class _Sample(torch.autograd.Function):
             from deepatlas import kernels_gpu
 
             return kernels_gpu.sample(field, coords.flatten(2)).view(*field.shape[:2], *coords.shape[2:])
-        out = torch.empty(coords.shape[0], field.shape[1], *coords.shape[2:], dtype=field.dtype)
-        kernels_cpu.sample(flat(field), tuple(field.shape[2:]), flat(coords), out.flatten(2).numpy())
-        return out
+        out = torch.from_numpy(kernels_cpu.sample(flat(field), tuple(field.shape[2:]), flat(coords)))
+        return out.view(*out.shape[:2], *coords.shape[2:])
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -205,9 +205,7 @@ class _Invert(torch.autograd.Function):
     def forward(ctx, c_p, target, active, forward, inverse, steps, tolerance):
         floor = _floor(forward)
         if grid.has_kernel(c_p, target):
-            y = torch.empty_like(target, memory_format=torch.contiguous_format)
-            residual, det = torch.empty_like(y[:, 0]), torch.empty_like(y[:, 0])
-            kernels_cpu.invert(
+            found = kernels_cpu.invert(
                 grid.flat(c_p),
                 tuple(c_p.shape[2:]),
                 grid.flat(target),
@@ -217,10 +215,8 @@ class _Invert(torch.autograd.Function):
                 steps,
                 tolerance,
                 floor.numpy(),
-                y.numpy(),
-                residual.numpy(),
-                det.numpy(),
             )
+            y, residual, det = (torch.from_numpy(part) for part in found)
         elif grid.has_gpu_kernel(c_p, target):
             from deepatlas import kernels_gpu
 

@@ -8,21 +8,26 @@ from numba import njit, prange
 
 from deepatlas.kernels_cpu.cells import CHUNK, FAST, cell, find_cells, held, parts_for, strides_of, turns
 from deepatlas.kernels_cpu.lanes import LANES, buffers_of, first, lane, load_pair, pack, second, unpack
+from deepatlas.kernels_cpu.memory import result_array
 from deepatlas.kernels_cpu.sampling import push
 
 
-def invert(field, shape, target, active, matrix, offset, steps, tolerance, floor, out, residual, determinant) -> None:
-    """Solve ``field(y) = target`` for every active point, into ``out``, ``residual`` and ``determinant``.
+def invert(
+    field, shape, target, active, matrix, offset, steps, tolerance, floor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Solve ``field(y) = target`` for every active point: y, residual (in voxels) and determinant.
 
     Args:
         matrix, offset: (batch, 3, 3) and (batch, 3), the affine inverse of the field: the start, the chord step where
             the local Jacobian is nearly singular, and the measure of the residual in voxels.
         floor: (batch,), the least determinant (per box unit) that a Newton step accepts.
     """
+    shapes = (target.shape, target[:, 0].shape, target[:, 0].shape)
+    found = tuple(result_array(shape_of_one, field.dtype) for shape_of_one in shapes)
     for some in turns(len(target)):
         given = (part[some] for part in (target, active, matrix, offset))
-        found = (part[some] for part in (out, residual, determinant))
-        _invert(pack(field[some])[:, 0], shape, *given, steps, tolerance, floor[some], *found)
+        _invert(pack(field[some])[:, 0], shape, *given, steps, tolerance, floor[some], *(part[some] for part in found))
+    return found
 
 
 def invert_backward(field, shape, points, active, forward, floor, grad, parts: int | None = None):
@@ -31,7 +36,7 @@ def invert_backward(field, shape, points, active, forward, floor, grad, parts: i
     Args:
         forward: (batch, 3, 3), the mean Jacobian, used where the local determinant is below ``floor``.
     """
-    grad_target, grad_field = np.empty_like(points), np.empty_like(field)
+    grad_target, grad_field = (result_array(like.shape, like.dtype) for like in (points, field))
     for some in turns(len(field)):
         exams = len(field[some])
         buffers = buffers_of(parts or parts_for(exams), exams, 3, field.shape[2], field.dtype)

@@ -9,7 +9,6 @@ Compilers find such code in loops by themselves, but not across the gathers of a
 """
 
 import operator
-import threading
 
 import numpy as np
 from llvmlite import ir
@@ -17,6 +16,8 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, overload, register_model
+
+from deepatlas.kernels_cpu.memory import working_memory
 
 LANES = 4
 _ROUNDING = ("contract",)
@@ -97,11 +98,39 @@ def second(_, pair):
 @intrinsic
 def _store(_, rows, row, value):
     def generate(context, builder, signature, args):
-        pointer, align = _address(context, builder, signature.args[0], *args[:2])
+        pointer, align = _address(context, builder, signature.args[0], *args[:2], count=value.count)
         builder.store(args[2], pointer, align=align)
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, value), generate
+
+
+@intrinsic
+def _twice(_, four):
+    """Four lanes, and the same again."""
+
+    def generate(context, builder, signature, args):
+        mask = ir.Constant(ir.VectorType(_INDEX, 2 * LANES), 2 * list(range(LANES)))
+        return builder.shuffle_vector(args[0], ir.Constant(args[0].type, ir.Undefined), mask)
+
+    return Lanes(four.dtype, 2 * LANES)(four), generate
+
+
+@intrinsic
+def _sums(_, a, b, c, d):
+    """Of four pairs of rows the sums over the lanes: those of the first rows, then those of the second."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.VectorType(_INDEX, 2 * LANES)
+
+        def neighbours(x, y):
+            even, odd = ([n + k for n in (0, 2, 8, 10, 4, 6, 12, 14)] for k in (0, 1))
+            parts = [builder.shuffle_vector(x, y, ir.Constant(kind, mask)) for mask in (even, odd)]
+            return builder.fadd(*parts, flags=_ROUNDING)
+
+        return neighbours(neighbours(*args[:2]), neighbours(*args[2:]))
+
+    return a(a, b, c, d), generate
 
 
 @intrinsic
@@ -160,8 +189,9 @@ def store(rows, row, value):
     raise NotImplementedError
 
 
-def total(value):
-    """Sum of the lanes; a number is its own."""
+def store_products(table, row, value, v00, v01, v10, v11):
+    """Write to a row of a table (row, 8) the products of a value with the eight rows in four pairs, each summed over
+    its lanes: those of the first rows, then those of the second."""
     raise NotImplementedError
 
 
@@ -181,28 +211,25 @@ def _(rows, row, value):
     return plain
 
 
-@overload(total, inline="always")
-def _(value):
+@overload(store_products, inline="always")
+def _(table, row, value, v00, v01, v10, v11):
     if isinstance(value, Lanes):
-        return lambda value: (lane(value, 0) + lane(value, 1)) + (lane(value, 2) + lane(value, 3))
-    return lambda value: value
+
+        def lanes(table, row, value, v00, v01, v10, v11):
+            two = _twice(value)
+            _store(table, row, _sums(v00 * two, v01 * two, v10 * two, v11 * two))
+
+        return lanes
+
+    def plain(table, row, value, v00, v01, v10, v11):
+        for place, pair in enumerate((v00, v01, v10, v11)):
+            table[row, place] = value * first(pair)
+            table[row, 4 + place] = value * second(pair)
+
+    return plain
 
 
 _BLOCK = 4096
-_KEPT = threading.local()
-_MOST_KEPT = 2**26
-"""Bytes of working memory that a thread keeps for the next call: fresh pages cost as much as the arithmetic."""
-
-
-def working_memory(use: str, shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array of whatever numbers, valid until this thread asks again for the same use."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    held = getattr(_KEPT, use, None)
-    if held is None or held.size < size:
-        held = np.empty(size, np.uint8)
-        if size <= _MOST_KEPT:
-            setattr(_KEPT, use, held)
-    return held[:size].view(dtype).reshape(shape)
 
 
 def pack(field: np.ndarray, thin: bool = False) -> np.ndarray:

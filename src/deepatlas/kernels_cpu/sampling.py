@@ -4,13 +4,26 @@ import numpy as np
 from numba import njit, prange
 
 from deepatlas.kernels_cpu.cells import CHUNK, FAST, find_cells, parts_for, strides_of, turns
-from deepatlas.kernels_cpu.lanes import buffers_of, first, load, load_pair, pack, second, store, total, unpack
+from deepatlas.kernels_cpu.lanes import (
+    buffers_of,
+    first,
+    load,
+    load_pair,
+    pack,
+    second,
+    store,
+    store_products,
+    unpack,
+)
+from deepatlas.kernels_cpu.memory import result_array
 
 
-def sample(field: np.ndarray, shape: tuple[int, int, int], points: np.ndarray, out: np.ndarray) -> None:
-    """Trilinear values of ``field`` at ``points``, written to ``out`` (batch, channel, point)."""
+def sample(field: np.ndarray, shape: tuple[int, int, int], points: np.ndarray) -> np.ndarray:
+    """Trilinear values of ``field`` at ``points``: (batch, channel, point)."""
+    out = result_array((*field.shape[:2], points.shape[2]), field.dtype)
     for some in turns(len(points)):
         _sample(pack(field[some], shape[2] == 1), shape, points[some], out[some])
+    return out
 
 
 def sample_backward(
@@ -27,8 +40,8 @@ def sample_backward(
     The points of an exam are split among ``parts`` buffers, so that no two threads write to the same one.
     """
     batch, channels, nodes = field.shape
-    grad_field = np.empty_like(field) if want_field else None
-    grad_points = np.empty(points.shape if want_points else (batch, 3, 0), field.dtype)
+    grad_field = result_array(field.shape, field.dtype) if want_field else None
+    grad_points = result_array(points.shape if want_points else (batch, 3, 0), field.dtype)
     for some in turns(batch):
         exams = len(field[some])
         rows = pack(field[some] if want_points else field[some, :, :0], shape[2] == 1)
@@ -73,9 +86,10 @@ def _sample_backward(rows, shape, points, grad, grad_points, buffers, want_point
     length = (count + parts - 1) // parts
     for task in prange(points.shape[0] * parts):
         b, part = task // parts, task % parts
-        node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
+        node, offset = np.empty(CHUNK, np.int32), np.zeros((3, CHUNK), rows.dtype)
         pushed = np.zeros((CHUNK,) + rows.shape[3:], rows.dtype)  # noqa: RUF005 (Numba)
         lanes = pushed.reshape(CHUNK, -1)
+        products, work = np.zeros((CHUNK, 8), rows.dtype), np.empty((14, CHUNK), rows.dtype)
         buffers[part, b] = 0
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
@@ -87,27 +101,44 @@ def _sample_backward(rows, shape, points, grad, grad_points, buffers, want_point
                 for place in range(grad.shape[1] - group * lanes.shape[1], lanes.shape[1]):
                     lanes[:, place] = 0
                 if want_points:
-                    f = rows[b, group]
-                    if group == 0:
-                        grad_points[b, :, start:stop] = 0
                     for m in range(stop - start):
-                        o, fi, fj, fk, g = node[m], offset[0, m], offset[1, m], offset[2, m], load(pushed, m)
-                        a00, a01 = load_pair(f, o), load_pair(f, o + step_j)
-                        a10, a11 = load_pair(f, o + step_i), load_pair(f, o + step_i + step_j)
-                        e0, e1 = a01 - a00, a11 - a10
-                        a0, a1 = a00 + e0 * fj, a10 + e1 * fj
-                        by_i, by_j, a = a1 - a0, e0 + (e1 - e0) * fi, a0 + (a1 - a0) * fi
-                        grad_points[b, 0, start + m] += total((first(by_i) + (second(by_i) - first(by_i)) * fk) * g)
-                        grad_points[b, 1, start + m] += total((first(by_j) + (second(by_j) - first(by_j)) * fk) * g)
-                        grad_points[b, 2, start + m] += total((second(a) - first(a)) * g)
+                        o, f = node[m], rows[b, group]
+                        v00, v01 = load_pair(f, o), load_pair(f, o + step_j)
+                        v10, v11 = load_pair(f, o + step_i), load_pair(f, o + step_i + step_j)
+                        store_products(products, m, load(pushed, m), v00, v01, v10, v11)
+                    for corner in range(8):
+                        for m in range(CHUNK):
+                            work[corner, m] = products[m, corner] + (work[corner, m] if group else kind(0))
                 if want_field:
                     push(buffers[part, b, group], node, offset, pushed, stop - start, step_i, step_j, step_k)
             if want_points:
+                slopes(work, offset)
                 for axis in range(3):
-                    slope = kind(0.5) * kind(shape[axis] - 1)
-                    for n in range(start, stop):
-                        x = (points[b, axis, n] + kind(1)) * slope
-                        grad_points[b, axis, n] *= slope if kind(0) < x < slope + slope else kind(0)
+                    half_last = kind(0.5) * kind(shape[axis] - 1)
+                    for m in range(stop - start):
+                        x = (points[b, axis, start + m] + kind(1)) * half_last
+                        moves = (x > kind(0)) & (x < half_last + half_last)
+                        grad_points[b, axis, start + m] = work[8 + axis, m] * half_last if moves else kind(0)
+
+
+@njit(inline="always", fastmath=FAST)
+def slopes(work, offset):
+    """From eight values at the corners of cells (rows 0 to 7, the last axis slowest) and the places in the cells, the
+    derivatives along the axes (rows 8 to 10); one array and a fixed length, or compilers see no vector in it."""
+    for axis in range(3):
+        for m in range(CHUNK):
+            work[11 + axis, m] = offset[axis, m]
+    for m in range(CHUNK):
+        fi, fj, fk = work[11, m], work[12, m], work[13, m]
+        d00, d01 = work[4, m] - work[0, m], work[5, m] - work[1, m]
+        d10, d11 = work[6, m] - work[2, m], work[7, m] - work[3, m]
+        a00, a01 = work[0, m] + d00 * fk, work[1, m] + d01 * fk
+        a10, a11 = work[2, m] + d10 * fk, work[3, m] + d11 * fk
+        d0, d1 = d00 + (d01 - d00) * fj, d10 + (d11 - d10) * fj
+        e0, e1 = a01 - a00, a11 - a10
+        work[8, m] = (a10 - a00) + ((a11 - a01) - (a10 - a00)) * fj
+        work[9, m] = e0 + (e1 - e0) * fi
+        work[10, m] = d0 + (d1 - d0) * fi
 
 
 @njit(inline="always", fastmath=FAST)
