@@ -6,7 +6,6 @@ what is trained stays in the work folder, so that a run which was stopped goes o
 """
 
 import argparse
-import copy
 import json
 import os
 import sys
@@ -77,9 +76,7 @@ class Bench:
             settings = replace(self.settings, **none | stages)
             cases = self.data.cases.picked(list(range(len(self.data.cases.names))), labelled)
             resume = (folder / "training" / "state.json").exists()
-            regseg.train(
-                cases, self.data.frame, self.data.classes, settings, folder, copy.deepcopy(start), resume, tell(name)
-            )
+            regseg.train(cases, self.data.frame, self.data.classes, settings, folder, start, resume, tell(name))
             (folder / "minutes.txt").write_text(f"{(time.monotonic() - began) / 60:.2f}", encoding="utf-8")
         self.minutes[name] = float((folder / "minutes.txt").read_text(encoding="utf-8"))
         return regseg.load(folder)
@@ -102,15 +99,14 @@ class Bench:
         both = regseg.Networks(begun.networks.registration, first.networks.segmentation)
         return found | {"joint": self.model(f"{here}-joint", labelled, both, joint=s.joint)}
 
-    def scores(self, name: str, model: regseg.Model, labelled: list[int]) -> dict[str, Any]:
+    def scores(self, arm: str, model: regseg.Model, labelled: list[int]) -> dict[str, Any]:
         """Segmentation of the validation exams, the listed pairs, and the first labelled exam onto all others."""
         exams = {exam: self.data.exams[exam] for exam in self.data.validation}
-        pairs = regseg.read_pairs(PAIRS)
-        about = regseg.scores(model, exams, pairs)
-        labelled_exam = self.data.cases.names[labelled[0]]
-        onto = {**exams, labelled_exam: self.data.exams[labelled_exam]}
-        laid = [regseg.score_registration(model, onto[e], onto[labelled_exam]) for e in self.data.validation]
-        print(f"{name}: {about['segmentation']['mean']:.3f} {about['registration']['mean']:.3f}", flush=True)
+        if "registration" not in HAS[arm]:
+            return regseg.scores(model, exams, [])
+        about = regseg.scores(model, exams, regseg.read_pairs(PAIRS))
+        labelled_exam = self.data.exams[self.data.cases.names[labelled[0]]]
+        laid = [regseg.score_registration(model, exam, labelled_exam) for exam in exams.values()]
         return about | {"from_labelled": float(np.mean([one.mean for one in laid]))}
 
 
@@ -149,8 +145,10 @@ def compare(bench: Bench, count: int, chosen: list[list[int]]) -> dict[str, Any]
         for arm, model in bench.arms(count, number, labelled).items():
             path = bench.work / f"scores-{count}-{number}-{arm}.json"
             if not path.exists():
-                path.write_text(json.dumps(bench.scores(f"{count}-{number} {arm}", model, labelled)), encoding="utf-8")
+                path.write_text(json.dumps(bench.scores(arm, model, labelled)), encoding="utf-8")
             found[arm].append(json.loads(path.read_text(encoding="utf-8")))
+            means = {part: f"{found[arm][-1][part]['mean']:.4f}" for part in HAS[arm]}
+            print(f"{count} labels, choice {number}, {arm}: {means}", flush=True)
     result: dict[str, Any] = {arm: _summary(arm, runs) for arm, runs in found.items()}
     result["joint_minus_alone"] = {
         "registration": _difference(found, "registration", "pairs", "registration_alone"),

@@ -784,7 +784,8 @@ def test_a_linear_map_may_be_held_to_a_kind(call, taught, images, tmp_path, kind
 def test_a_displacement_leads_from_the_fixed_exam_to_the_moving_one(call, taught, images, tmp_path):
     out = tmp_path / "out"
     assert call("register", "-m", taught, "-f", images / "bent.nii.gz", "-v", images / "one.nii.gz", "-o", out)[0] == 0
-    assert {path.name for path in out.iterdir()} == {"moved.nii.gz", "displacement.nii.gz", "linear.tfm", "report.json"}
+    fields = {"displacement.nii.gz", "jacobian.nii.gz"}
+    assert {path.name for path in out.iterdir()} == {"moved.nii.gz", "linear.tfm", "report.json"} | fields
     field = nib.load(out / "displacement.nii.gz")
     assert field.shape == (*BENT.shape, 1, 3)
     assert field.get_data_dtype() == np.float32
@@ -929,7 +930,7 @@ def commands(with_mid, images, drawn, tmp_path):
         "coverage": (["coverage", "-m", with_mid, "-i", two, "--roi", "mid", "-o", work / "c.csv"], ["c.csv"]),
         "register": (
             ["register", "-m", with_mid, "-f", one, "-v", two, "-o", work],
-            ["moved.nii.gz", "displacement.nii.gz", "linear.tfm", "report.json"],
+            ["moved.nii.gz", "linear.tfm", "report.json", "displacement.nii.gz", "jacobian.nii.gz"],
         ),
     }
 

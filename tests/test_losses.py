@@ -252,3 +252,89 @@ def test_a_window_that_cannot_be_halved_is_refused(window):
     a = draw(20, 1, 1, *SHAPE)
     with pytest.raises(ValueError, match="even window"):
         losses.correlation(a, a, ball(0.9), window)
+
+
+def steps_of(shape) -> torch.Tensor:
+    """Index of every voxel, (3, i, j, k) float64."""
+    return torch.from_numpy(np.indices(shape).astype(np.float64))
+
+
+def test_no_affine_displacement_costs_bending():
+    linear, offset = draw(30, 2, 3, 3), draw(31, 2, 3, 1, 1, 1)
+    shift = torch.einsum("bca,aijk->bcijk", linear, steps_of(SHAPE)) + offset
+    assert losses.bending_energy(shift).shape == (2,)
+    assert (losses.bending_energy(shift) < 1e-24).all()
+    shift[1, 2, 4, 4, 4] += 1e-3
+    assert float(losses.bending_energy(shift)[1]) > 1e-9
+
+
+def test_the_bending_of_a_quadratic_displacement_is_the_sum_of_its_squared_second_derivatives():
+    curved = draw(32, 2, 3, 3, 3)
+    curved = curved + curved.transpose(2, 3)  # of u_c along a and b; differences of a quadratic are exact
+    x = steps_of(SHAPE)
+    shift = 0.5 * torch.einsum("bcde,dijk,eijk->bcijk", curved, x, x)
+    torch.testing.assert_close(losses.bending_energy(shift), curved.square().sum(dim=(1, 2, 3)))
+    alone = torch.zeros(1, 3, *SHAPE, dtype=torch.float64)
+    alone[0, 1] = x[0] * x[2]  # counts twice: along ab and along ba
+    torch.testing.assert_close(losses.bending_energy(alone), torch.tensor([2.0], dtype=torch.float64))
+
+
+def test_bending_is_a_mean_over_the_exam():
+    shift = torch.zeros(1, 3, *SHAPE, dtype=torch.float64)
+    shift[0, 0] = steps_of(SHAPE)[2] ** 3 / 6  # its second derivative at x is x, and so is the difference
+    expected = np.mean(np.arange(1, SHAPE[2] - 1) ** 2)
+    assert math.isclose(float(losses.bending_energy(shift)), expected, rel_tol=1e-12)
+
+
+WIDE = (20, 16, 18)
+
+
+def slabs(*ends) -> torch.Tensor:
+    """Masks (1, class, i, j, k) float64 that hold planes ``first`` up to ``last`` of the first axis."""
+    masks = torch.zeros(1, len(ends), *WIDE, dtype=torch.float64)
+    for mask, (first, last) in zip(masks[0], ends, strict=True):
+        mask[first:last] = 1
+    return masks
+
+
+def apart(a, b, mask=None) -> float:
+    """`soft_dice` of one exam, to what a voxel more or less may make."""
+    return round(float(losses.soft_dice(a, b, mask).detach()), 3)
+
+
+def test_equal_masks_are_not_apart_soft_or_not():
+    soft = torch.rand(2, 3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(losses.soft_dice(soft, soft), torch.zeros(2).double(), atol=1e-12, rtol=0)
+    assert apart(slabs((0, 5), (3, 9)), slabs((0, 5), (3, 9))) == 0
+
+
+def test_disjoint_half_overlapping_and_half_sure_masks():
+    assert apart(slabs((0, 10)), slabs((10, 20))) == 1
+    assert apart(slabs((0, 10)), slabs((5, 15))) == 0.5
+    assert apart(slabs((0, 5)), slabs((0, 15))) == 0.5  # 2 · 5 / (5 + 15)
+    assert apart(slabs((0, 10)), 0.5 * slabs((0, 10))) == 0.2  # 1 − 2 · ½ / (1 + ¼)
+    assert apart(0.5 * slabs((0, 10)), 0.5 * slabs((5, 15))) == 0.5
+    assert apart(slabs((0, 10)), slabs((20, 20))) == 1
+
+
+def test_overlap_is_a_mean_over_the_classes_and_of_every_exam_alone():
+    a, b = slabs((0, 10), (0, 10), (4, 8)), slabs((0, 10), (5, 15), (8, 12))
+    assert apart(a, b) == 0.5  # of 0, 0.5 and 1
+    both = losses.soft_dice(torch.cat([a, a]), torch.cat([b, a]))
+    torch.testing.assert_close(both, torch.tensor([0.5, 0.0], dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+def test_a_class_that_neither_holds_counts_as_equal():
+    assert apart(slabs((20, 20)), slabs((20, 20))) == 0
+    assert apart(slabs((0, 10), (20, 20)), slabs((10, 20), (20, 20))) == 0.5
+
+
+def test_overlap_is_blind_beyond_the_mask():
+    a, b = slabs((0, 10)).requires_grad_(), slabs((5, 15))
+    mask = slabs((5, 20)) > 0
+    assert apart(a, b, mask) == round(1 - 2 * 5 / (5 + 10), 3)
+    (gradient,) = torch.autograd.grad(losses.soft_dice(a, b, mask).sum(), a)
+    assert (gradient[~mask] == 0).all()
+    assert (gradient[mask] != 0).any()
+    assert apart(torch.where(mask, a, 7.0), b, mask) == apart(a, b, mask)
+    assert apart(a, b, torch.zeros_like(mask)) == 0

@@ -18,7 +18,7 @@ from deepatlas.register import (
     overlap_points,
     register,
 )
-from deepatlas.transforms import displacement, inverse_consistency_mm, itk_transform, jacobian, moved
+from deepatlas.transforms import displacement, inverse_consistency_mm, itk_transform, moved
 from deepatlas.volume import Volume, apply, reorder
 from exact import (
     CENTRE,

@@ -199,24 +199,26 @@ class RegSeg:
 
     registration: int = 600
     """Steps of the registration network alone, without labels."""
-    segmentation: int = 400
+    segmentation: int = 300
     """Steps of the segmentation network alone, on the labelled images."""
     semi: int = 0
     """Steps of the segmentation network with the registration held."""
     guided: int = 0
     """Steps of the registration network with the segmentation held."""
-    joint: int = 600
+    joint: int = 500
     """Registration steps of the alternation."""
-    ratio: int = 20
+    ratio: int = 10
     """Registration steps for one of segmentation."""
     batch: int = 2
     rate: float = 1e-3
-    window: int | None = 8
-    """Voxels along the windows of the correlation; None: one over the whole image."""
-    bending: float = 1.0
+    window: int | None = None
+    """Voxels along the windows of the correlation; None: one over the whole image, as in the paper."""
+    bending: float = 1.5
     """λ_r, of the bending energy in voxels."""
     anatomy: float = 3.0
-    """λ_a."""
+    """λ_a of the registration step."""
+    carried: float = 0.3
+    """λ_a of the segmentation step: labels that a registration carried are less true than those drawn."""
     supervised: float = 3.0
     """λ_sp."""
     augmentation: Augmentation = field(
@@ -224,6 +226,8 @@ class RegSeg:
     )
     bend: float = 0.04
     """Amplitude of a random smooth deformation, in box units."""
+    gentle: float = 0.3
+    """Share of these changes of pose, size and shape in a registration step, whose pairs differ as it is."""
     checkpoint_minutes: float = 3.0
     seed: int = 0
 

@@ -6,8 +6,8 @@
 ==========================  ============================================================================
 registration step, F held   L_i(I_m∘φ⁻¹, I_t) + λ_r L_r(u) + λ_a L_a(S_m∘φ⁻¹, S_t); where an image has no
                             labels S is F's soft answer
-segmentation step, R held   target unlabelled: λ_a L_a(S_m∘φ⁻¹, F(I_t)) + λ_sp L_sp(F(I_m), S_m)
-                            moving unlabelled: λ_a L_a(F(I_m)∘φ⁻¹, S_t) + λ_sp L_sp(F(I_t), S_t)
+segmentation step, R held   target unlabelled: λ_c L_a(S_m∘φ⁻¹, F(I_t)) + λ_sp L_sp(F(I_m), S_m)
+                            moving unlabelled: λ_c L_a(F(I_m)∘φ⁻¹, S_t) + λ_sp L_sp(F(I_t), S_t)
                             both labelled: λ_sp L_sp(F(I_m), S_m); none labelled: nothing
 ==========================  ============================================================================
 
@@ -16,6 +16,7 @@ L_i is `losses.correlation`, L_r `losses.bending_energy`, L_a and L_sp are `loss
 Source: Xu and Niethammer 2019. The authors' weights were not found; `deepatlas.config.RegSeg` says what ours are.
 """
 
+import copy
 import csv
 import json
 import time
@@ -68,8 +69,10 @@ class Frame:
         """Index of the grid → mm of an image, (4, 4). Voxels of the grid's own spacing are kept as they are."""
         ras = to_ras(volume)
         step = np.array(self.spacing_mm) / ras.spacing_mm
+        own = np.abs(step - 1) < 1e-3
+        step = np.where(own, 1.0, step)
         start = (np.array(ras.shape) - 1) / 2 - step * (np.array(self.shape) - 1) / 2
-        start = np.where(np.abs(step - 1) < 1e-3, np.floor(start), start)
+        start = np.where(own, np.floor(start), start)
         matrix = np.diag([*step, 1.0])
         matrix[:3, 3] = start
         return ras.affine @ matrix
@@ -105,10 +108,12 @@ def limits_of(scaling: str, values: np.ndarray) -> tuple[float, float]:
     if scaling == "percentile":
         above = values[values > values.min()]
         low, high = np.percentile(above, (1, 99)) if len(above) else (0.0, 1.0)
+        if not low < high:  # two values
+            low, high = values.min(), values.max()
         return float(low), float(max(high, low + 1e-6))
     try:
         low, high = (float(part) for part in scaling.split(":"))
-        if low < high:
+        if -np.inf < low < high < np.inf:
             return low, high
     except ValueError:
         pass
@@ -258,8 +263,9 @@ class Networks(NamedTuple):
 
 def networks_for(classes: int, seed: int = 0) -> Networks:
     """Two fresh networks."""
-    torch.manual_seed(seed)
-    return Networks(RegistrationNetwork(), SegmentationNetwork(classes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Networks(RegistrationNetwork(), SegmentationNetwork(classes))
 
 
 def phi_box(shift_voxels: Coordinates) -> Coordinates:
@@ -296,7 +302,7 @@ def registration_terms(networks: Networks, moving: View, target: View, weights: 
             drawn = [_drawn_or_found(networks.segmentation, view) for view in (moving, target)]
         channels.append(drawn[0])
     warped = grid.sample(torch.cat(channels, dim=1), where)
-    seen = target.inside & (warped[:, 1:2] > 0.99)
+    seen = _seen(target, warped[:, 1:2], where)
     terms = {
         "similarity": 1 - losses.correlation(warped[:, :1], target.image, seen, weights.window).mean(),
         "bending": losses.bending_energy(shift).mean(),
@@ -306,6 +312,11 @@ def registration_terms(networks: Networks, moving: View, target: View, weights: 
         terms["anatomy"] = losses.soft_dice(warped[:, 3:], drawn[1][:, 1:], seen).mean()
         loss = loss + weights.anatomy * terms["anatomy"]
     return {"loss": loss} | terms
+
+
+def _seen(target: View, inside: Tensor, where: Coordinates) -> Mask:
+    """Where the target reaches, and the moving image at the places it is asked for (``inside``, sampled there)."""
+    return target.inside & (inside > 0.99) & grid.inside(where)
 
 
 def _drawn_or_found(segmentation: SegmentationNetwork, view: View) -> Tensor:
@@ -328,16 +339,16 @@ def segmentation_terms(networks: Networks, moving: View, target: View, weights: 
     none = torch.zeros_like(of_m)
     supervised = torch.where(moving.labelled, of_m, torch.where(target.labelled, of_t, none))
     anatomy = none
-    if weights.anatomy and one.any():
+    if weights.carried and one.any():
         with torch.no_grad():
             where = phi_box(networks.registration(moving.image, target.image))
         labelled = (view.labelled.view(-1, 1, 1, 1, 1) for view in (moving, target))
         sides = zip(labelled, (moving.labels, target.labels), (found_m, found_t), strict=True)
         s_m, s_t = (torch.where(has, drawn, found) for has, drawn, found in sides)
         warped = grid.sample(torch.cat([moving.inside.to(s_m), s_m[:, 1:]], dim=1), where)
-        apart = losses.soft_dice(warped[:, 1:], s_t[:, 1:], target.inside & (warped[:, :1] > 0.99))
+        apart = losses.soft_dice(warped[:, 1:], s_t[:, 1:], _seen(target, warped[:, :1], where))
         anatomy = torch.where(one, apart, none)
-    loss = weights.anatomy * anatomy.mean() + weights.supervised * supervised.mean()
+    loss = weights.carried * anatomy.mean() + weights.supervised * supervised.mean()
     return {"loss": loss, "anatomy": anatomy.mean(), "supervised": supervised.mean()}
 
 
@@ -379,7 +390,7 @@ def train(
 
     Args:
         out: model folder; ``training/`` in it holds the log and the state to resume from. None: nothing is written.
-        start: networks to go on from.
+        start: networks to go on from; they are left as they are.
         resume: continue a training that was stopped, to the bit with the same number of threads.
 
     Raises:
@@ -438,7 +449,7 @@ class Run:
 
     def __init__(self, cases: Cases, settings: RegSeg, start: Networks | None) -> None:
         self.cases, self.settings = cases, settings
-        self.networks = start or networks_for(cases.classes, settings.seed)
+        self.networks = copy.deepcopy(start) if start else networks_for(cases.classes, settings.seed)
         for network in self.networks:
             network.to(memory_format=torch.channels_last_3d).train().requires_grad_(True)
         self.drawn = [n for n, has in enumerate(cases.labelled.tolist()) if has]
@@ -448,7 +459,7 @@ class Run:
 
     def stages(self) -> list[tuple[str, int, Callable[[int, int], dict[str, float]]]]:
         """Name, steps and step function of every stage, in order."""
-        alone = replace(self.settings, anatomy=0.0)
+        alone = replace(self.settings, anatomy=0.0, carried=0.0)
         every = [
             ("registration", self.settings.registration, partial(self.registration_step, alone)),
             ("segmentation", self.settings.segmentation, partial(self.segmentation_step, alone)),
@@ -472,9 +483,9 @@ class Run:
         return {key: float(value.detach()) for key, value in terms.items()}
 
     def segmentation_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
-        """F learns, R is held. With no weight on anatomy it learns from the labelled images alone."""
+        """F learns, R is held. With no weight on carried labels it learns from the labelled images alone."""
         chance = self.chance(stage, step, 1)
-        if settings.anatomy:
+        if settings.carried:
             moving, target = self.half_labelled(chance)
         else:
             moving = target = self.view(_some(self.drawn, settings.batch, chance), chance)
@@ -502,7 +513,8 @@ class Run:
         count = len(self.cases.names)
         moving = torch.randint(count, (self.settings.batch,), generator=chance)
         other = (moving + 1 + torch.randint(count - 1, (self.settings.batch,), generator=chance)) % count
-        return self.view(moving.tolist(), chance), self.view(other.tolist(), chance)
+        views = (self.view(cases.tolist(), chance, self.settings.gentle) for cases in (moving, other))
+        return next(views), next(views)
 
     def half_labelled(self, chance: Generator) -> tuple[View, View]:
         """Random pairs with labels on at least one side, the moving one half of the time."""
@@ -512,13 +524,13 @@ class Run:
         swap = bool(torch.rand(1, generator=chance) < 0.5)
         return (views[1], views[0]) if swap else (views[0], views[1])
 
-    def view(self, cases: list[int], chance: Generator) -> View:
-        """Images and labels under a random affine map, bend and contrast."""
-        how, shape = self.settings.augmentation, tuple(self.cases.image.shape[2:])
+    def view(self, cases: list[int], chance: Generator, share: float = 1.0) -> View:
+        """Images and labels under a random affine map, bend and contrast; only a share of the former two."""
+        how, shape = self.settings.augmentation.gentler(share), tuple(self.cases.image.shape[2:])
         images, insides = self.cases.image[cases], self.cases.inside[cases]
         half_mm = torch.diag(torch.tensor([float(n - 1) for n in shape])).expand(len(cases), 3, 3)
         matrix = augment.draw_affine(half_mm, chance, how.scale, how.rotation, how.translation)
-        bend = grid.resize(augment.draw_bend(len(cases), chance, self.settings.bend), shape)
+        bend = grid.resize(augment.draw_bend(len(cases), chance, share * self.settings.bend), shape)
         where = augment.place(matrix, shape) + bend
         hot = F.one_hot(self.cases.labels[cases].long(), self.cases.classes + 1).movedim(-1, 1).to(images)
         moved = grid.sample(torch.cat([images, insides.to(images), hot], dim=1), where)
@@ -544,16 +556,21 @@ class Run:
 
     def restore(self, folder: Path, about: dict) -> tuple[int, int]:
         """Read the state back; the stage and the step to go on with."""
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        odd = [key for key in about if about[key] != state["about"].get(key)]
+        path = folder / "state.json"
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            stage, step = int(state["stage"]), int(state["step"])
+            shapes, file, begun = dict(state["shapes"]), str(state["file"]), dict(state["about"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path} is damaged ({error}); remove the folder and train again.") from None
+        odd = [key for key in about if about[key] != begun.get(key)]
         if odd:
             raise ModelError(f"This training was begun with other {' and '.join(odd)}; resume with the same.")
-        shapes = {k: tuple(v) for k, v in state["shapes"].items()}
-        tensors = checkpoint.read_tensors(folder / state["file"], shapes, {"F32"})
+        tensors = checkpoint.read_tensors(folder / file, {k: tuple(v) for k, v in shapes.items()}, {"F32"})
         for name, network, optimiser in zip(Networks._fields, self.networks, self.optimisers, strict=True):
             network.load_state_dict(checkpoint.under(tensors, f"{name}."))
             optimiser_of(optimiser, checkpoint.under(tensors, f"adam.{name}."))
-        return state["stage"], state["step"]
+        return stage, step
 
 
 def _some(choices: list[int], count: int, chance: Generator) -> list[int]:
@@ -574,7 +591,9 @@ def segment(model: Model, volume: Volume) -> np.ndarray:
     index = np.stack([*np.indices(volume.shape), np.ones(volume.shape)]).reshape(4, -1)
     where = (onto @ index)[:3].reshape(3, *volume.shape)
     back = np.stack([ndimage.map_coordinates(one, where, order=1, mode="nearest") for one in found])
-    return np.array([0, *model.classes.values()], np.int32)[back.argmax(axis=0)]
+    last = np.array(model.frame.shape).reshape(3, 1, 1, 1) - 1
+    beyond = ((where < -0.5) | (where > last + 0.5)).any(axis=0)  # of the grid, where nothing is known
+    return np.where(beyond, 0, np.array([0, *model.classes.values()], np.int32)[back.argmax(axis=0)])
 
 
 def register(model: Model, fixed: Volume, moving: Volume) -> Transform:
@@ -601,7 +620,7 @@ class Scores(NamedTuple):
     @property
     def mean(self) -> float:
         """Over the classes."""
-        return float(np.nanmean(list(self.dice.values())))
+        return _mean(list(self.dice.values()))
 
 
 def score_segmentation(model: Model, volume: Volume, labels: Volume) -> Scores:
@@ -644,7 +663,10 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [(row["moving"], row["fixed"]) for row in csv.DictReader(file)]
+            pairs = [(row["moving"], row["fixed"]) for row in csv.DictReader(file)]
+        if not pairs or not all(moving and fixed for moving, fixed in pairs):
+            raise ValueError("no pairs" if not pairs else "a name is missing")
+        return pairs
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise ExamError(f"Expected a table with columns moving,fixed in {path} ({error}); mend it.") from None
 
@@ -682,9 +704,20 @@ def scores(
 def _summary(found: list[Scores]) -> dict[str, Any]:
     """Mean Dice over classes and exams, its 95 % interval, and the mean of each class."""
     means = np.array([one.mean for one in found])
-    low, high = bootstrap_interval(means)
-    each = {name: float(np.nanmean([one.dice[name] for one in found])) for name in (found[0].dice if found else ())}
-    return {"mean": float(np.nanmean(means)) if found else None, "low": low, "high": high, "classes": each}
+    each = {name: _known(_mean([one.dice[name] for one in found])) for name in (found[0].dice if found else ())}
+    low, high = (_known(end) for end in bootstrap_interval(means))
+    return {"mean": _known(_mean(list(means))), "low": low, "high": high, "classes": each}
+
+
+def _mean(values: list[float]) -> float:
+    """Without what is not known; NaN where nothing is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _known(value: float) -> float | None:
+    """As JSON has it."""
+    return None if np.isnan(value) else float(value)
 
 
 def _rounded(found: Scores) -> dict[str, float | None]:
@@ -725,6 +758,9 @@ def load(folder: Path) -> Model:
         frame = Frame(
             tuple(int(n) for n in frame["shape"]), tuple(float(s) for s in frame["spacing_mm"]), str(frame["scaling"])
         )
+        whole = all(n >= 1 and n % 2**HALVINGS == 0 for n in frame.shape)
+        if (len(frame.shape), len(frame.spacing_mm)) != (3, 3) or not whole or not min(frame.spacing_mm) > 0:
+            raise ValueError(f"a grid of {frame.shape}, {frame.spacing_mm} mm")
         classes = {str(one["name"]): int(one["label"]) for one in about["structures"]}
         networks = networks_for(len(classes))
         parts = [(f"{name}.", network) for name, network in zip(Networks._fields, networks, strict=True)]

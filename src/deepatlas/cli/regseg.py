@@ -48,13 +48,17 @@ def train(
 
     left = set(files.read_list(leave_out)) if leave_out else set()
     paths = {files.exam_name(path): path for path in files.find_exams(images)}
+    if left - paths.keys():
+        raise ExamError(f"Expected images to leave out, found no {sorted(left - paths.keys())[0]}; correct the list.")
     paths = {name: path for name, path in paths.items() if name not in left}
     drawn = {files.exam_name(path): path for path in files.find_exams(labels)}
     wanted = files.read_list(labeled) if labeled else [name for name in paths if name in drawn]
     for name in wanted:
         if name not in paths or name not in drawn:
-            lacking = "labels" if name in paths else "an image to train on"
-            raise LabelError(f"Expected an image and labels of {name}, found no {lacking}; correct the list.")
+            lacking = "labels" if name in paths else "image to train on"
+            raise LabelError(f"Expected an image and labels of {name}, but it has no {lacking}; correct the list.")
+    if not paths:
+        raise ExamError(f"Expected images to train on in {images}, but all of them are left out; shorten the list.")
     steps = {"registration": registration, "segmentation": segmentation, "joint": joint}
     settings = replace(RegSeg(seed=seed), **{key: value for key, value in steps.items() if value is not None})
     grids, numbers = [], set()
@@ -170,7 +174,10 @@ def evaluate(
     for name in wanted:
         if name not in paths or name not in drawn:
             raise ExamError(f"Expected an image and labels of {name}, found one of them at most; correct the list.")
-    both = {name: (files.read_image(paths[name]), files.read_labels(drawn[name])) for name in wanted}
+    both = {}
+    for name in wanted:
+        image = files.read_image(paths[name])
+        both[name] = (image, files.read_labels(drawn[name], like=image))
     chosen = regseg.read_pairs(pairs) if pairs else regseg.random_pairs(wanted, count, seed)
     unknown = {name for pair in chosen for name in pair} - both.keys()
     if unknown:
