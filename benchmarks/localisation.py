@@ -4,6 +4,7 @@ Lists of cuts and pairs are committed under `docs/results/`; ``--make`` writes t
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 import deepatlas
-from deepatlas import orientation, register
+from deepatlas import dense, orientation, register, report, transforms
 from deepatlas.checkpoint import Model
 from deepatlas.config import FINE
 from deepatlas.files import Exam, read_exam, read_labels
@@ -214,7 +217,7 @@ def pairs(model: Model, refined: bool = False) -> dict:
         case = dict(pair)
         for kind, deformable in (("linear", False), ("deformable", True)):
             there = register.register(*maps, deformable=deformable, fine=fine)
-            laid = register.moved(there, fixed, moving_labels, labels=True)
+            laid = transforms.moved(there, fixed, moving_labels, labels=True)
             shared = [n for n in names().values() if (laid == n).any() or (fixed_labels.array == n).any()]
             shared = [n for n in shared if (fixed_labels.array == n).any() and (moving_labels.array == n).any()]
             case[kind] = round(float(np.mean([dice(laid == n, fixed_labels.array == n) for n in shared])), 4)
@@ -267,21 +270,82 @@ def calibration(model: Model) -> dict:
     return {"rank_correlation": round(float(np.corrcoef(*ranks)[0, 1]), 3), "bins": rows, "cases": cases}
 
 
-TASKS = {"presence": presence, "orientation": turns, "pairs": pairs, "calibration": calibration}
+OUT_OF_PLACE = {
+    "brainstem": (250, None),
+    "spinal_cord": (250, None),
+    "parotid_right": (None, -500),
+    "parotid_left": (None, -500),
+}
+"""HU above (bone) or below (air) which nothing of a structure can be."""
+
+
+def faults(model: Model) -> dict:
+    """Labels whose voxels hold what their structure cannot be: share of bone in cords, of air in parotids."""
+    del model
+    shares = []
+    for name in validation():
+        exam, labels = exam_of(name)
+        for structure, (most, least) in OUT_OF_PLACE.items():
+            hu = exam.array[labels.array == names()[structure]]
+            if len(hu):
+                odd = hu > most if least is None else hu < least
+                shares.append({"exam": name, "structure": structure, "out_of_place": round(float(odd.mean()), 3)})
+    shares.sort(key=lambda one: -one["out_of_place"])
+    return {"most": shares[:8], "cases": shares}
+
+
+def calibration_picture(found: dict) -> Figure:
+    """Confidence against Dice, a point for every answer, and the means of fifths."""
+    figure = Figure(figsize=(5, 4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for number, structure in enumerate(dict.fromkeys(case["structure"] for case in found["cases"])):
+        cases = [case for case in found["cases"] if case["structure"] == structure]
+        xy = [[case[key] for case in cases] for key in ("confidence", "dice")]
+        axes.plot(*xy, "o", ms=3.5, alpha=0.7, color=f"C{number}", label=structure.replace("_", " "))
+    axes.plot(*[[one[key] for one in found["bins"]] for key in ("confidence", "dice")], "k-", label="means of fifths")
+    axes.set(xlabel="confidence", ylabel="Dice", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(fontsize=7, loc="center left")
+    return figure
+
+
+FAILURES = ("pt_221", "pt_211", "pt_232", "pt_216")
+"""Exams of the lowest Dice, a reason each: labels off the image, a tilted stub, a larynx, an esophagus."""
+
+
+def failures_picture(model: Model) -> Figure:
+    """The worst answers: found (lines) over the labels (areas), from the front and from the side."""
+    figure = Figure(figsize=(9, 4.4 * len(FAILURES)), dpi=60, facecolor="black", layout="constrained")
+    for axes, name in zip(figure.subplots(len(FAILURES)), FAILURES, strict=True):
+        exam, labels = exam_of(name)
+        embedded = embed(model, exam)
+        found = {key: one.mask for key, one in locate(model, exam, embedded=embedded).items() if one.mask is not None}
+        drawn = {key: labels.array == number for key, number in names().items() if (labels.array == number).any()}
+        png = report.picture(exam, dense.aligned_atlas(model, exam, embedded), found, drawn)
+        axes.imshow(imread(io.BytesIO(png)))
+        axes.set_axis_off()
+        axes.set_title(name, color="white", fontsize=11)
+    return figure
+
+
+TASKS = {"presence": presence, "orientation": turns, "pairs": pairs, "calibration": calibration, "faults": faults}
 
 
 def main() -> int:
     """Run a task and print its numbers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.localisation", description=__doc__)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=(*TASKS, "failures"))
     parser.add_argument("--model", default="head-neck-ct")
     parser.add_argument("--refine", action="store_true", help="for pairs: maps and deformation fitted to the images")
     parser.add_argument("--make", action="store_true", help="write the list of cuts or pairs, and stop")
     parser.add_argument("--json", type=Path, help="write all of it here")
+    parser.add_argument("--png", type=Path, help="for calibration and failures: write the picture here")
     asked = parser.parse_args()
     if asked.make:
         path, made = {"presence": (CUTS, make_cuts), "pairs": (PAIRS, make_pairs)}[asked.task]
         path.write_text("[\n" + ",\n".join(json.dumps(one) for one in made()) + "\n]\n", encoding="utf-8")
+        return 0
+    if asked.task == "failures":
+        failures_picture(deepatlas.load(asked.model)).savefig(asked.png, facecolor="black")
         return 0
     torch.manual_seed(0)
     how = {"refined": True} if asked.refine else {}
@@ -289,6 +353,8 @@ def main() -> int:
     for key, value in found.items():
         if key != "cases":
             print(f"{key}: {value}")
+    if asked.png:
+        calibration_picture(found).savefig(asked.png)
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
