@@ -39,6 +39,8 @@ class Data(NamedTuple):
     frame: regseg.Frame
     classes: dict[str, int]
     validation: list[str]
+    pairs: list[tuple[str, str]]
+    """(moving, fixed) validation exams."""
 
 
 def read() -> Data:
@@ -51,7 +53,9 @@ def read() -> Data:
     train = {name: one for name, one in volumes.items() if name not in validation}
     frame = regseg.frame_for(list(train.values()))
     cases = regseg.cases_of(train, {name: labels[name] for name in train}, frame, tuple(classes.values()))
-    return Data({n: (volumes[n], labels[n]) for n in volumes}, cases, frame, classes, validation)
+    return Data(
+        {n: (volumes[n], labels[n]) for n in volumes}, cases, frame, classes, validation, regseg.read_pairs(PAIRS)
+    )
 
 
 def choices(data: Data, count: int) -> list[list[int]]:
@@ -104,7 +108,7 @@ class Bench:
         exams = {exam: self.data.exams[exam] for exam in self.data.validation}
         if "registration" not in HAS[arm]:
             return regseg.scores(model, exams, [])
-        about = regseg.scores(model, exams, regseg.read_pairs(PAIRS))
+        about = regseg.scores(model, exams, self.data.pairs)
         labelled_exam = self.data.exams[self.data.cases.names[labelled[0]]]
         laid = [regseg.score_registration(model, exam, labelled_exam) for exam in exams.values()]
         return about | {"from_labelled": float(np.mean([one.mean for one in laid]))}
