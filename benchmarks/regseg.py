@@ -41,6 +41,7 @@ class Data(NamedTuple):
     validation: list[str]
     pairs: list[tuple[str, str]]
     """(moving, fixed) validation exams."""
+    template: regseg.Template
 
 
 def read() -> Data:
@@ -53,9 +54,9 @@ def read() -> Data:
     train = {name: one for name, one in volumes.items() if name not in validation}
     frame = regseg.frame_for(list(train.values()))
     cases = regseg.cases_of(train, {name: labels[name] for name in train}, frame, tuple(classes.values()))
-    return Data(
-        {n: (volumes[n], labels[n]) for n in volumes}, cases, frame, classes, validation, regseg.read_pairs(PAIRS)
-    )
+    cases, template = regseg.laid_together(cases)
+    exams = {name: (volumes[name], labels[name]) for name in volumes}
+    return Data(exams, cases, frame, classes, validation, regseg.read_pairs(PAIRS), template)
 
 
 def choices(data: Data, count: int) -> list[list[int]]:
@@ -80,7 +81,8 @@ class Bench:
             settings = replace(self.settings, **none | stages)
             cases = self.data.cases.picked(list(range(len(self.data.cases.names))), labelled)
             resume = (folder / "training" / "state.json").exists()
-            regseg.train(cases, self.data.frame, self.data.classes, settings, folder, start, resume, tell(name))
+            given = cases, self.data.frame, self.data.classes, settings, folder, start, resume
+            regseg.train(*given, tell(name), self.data.template)
             (folder / "minutes.txt").write_text(f"{(time.monotonic() - began) / 60:.2f}", encoding="utf-8")
         self.minutes[name] = float((folder / "minutes.txt").read_text(encoding="utf-8"))
         return regseg.load(folder)
@@ -108,7 +110,12 @@ class Bench:
         exams = {exam: self.data.exams[exam] for exam in self.data.validation}
         if "registration" not in HAS[arm]:
             return regseg.scores(model, exams, [])
-        about = regseg.scores(model, exams, self.data.pairs)
+        kept = self.work / f"scores-{arm}.json"  # the same for every choice of labels
+        if arm == "registration_alone" and kept.exists():
+            about = json.loads(kept.read_text(encoding="utf-8"))
+        else:
+            about = regseg.scores(model, exams, self.data.pairs)
+            kept.write_text(json.dumps(about), encoding="utf-8")
         labelled_exam = self.data.exams[self.data.cases.names[labelled[0]]]
         laid = [regseg.score_registration(model, exam, labelled_exam) for exam in exams.values()]
         return about | {"from_labelled": float(np.mean([one.mean for one in laid]))}

@@ -28,8 +28,9 @@ def data():
     frame = regseg.Frame((16, 16, 16), (1.0, 1.0, 1.0))
     volumes, labels = ({name: both[part] for name, both in train.items()} for part in (0, 1))
     cases = regseg.cases_of(volumes, labels, frame, tuple(CLASSES.values()))
+    cases, template = regseg.laid_together(cases)
     unseen = list(exams)[4:]
-    return comparison.Data(exams, cases, frame, CLASSES, unseen, regseg.random_pairs(unseen, 2))
+    return comparison.Data(exams, cases, frame, CLASSES, unseen, regseg.random_pairs(unseen, 2), template)
 
 
 def test_every_arm_is_trained_and_scored(data, tmp_path, monkeypatch):

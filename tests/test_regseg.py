@@ -15,7 +15,7 @@ from torch import nn
 from deepatlas import checkpoint, grid, loop, losses, regseg
 from deepatlas.config import Augmentation, RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
-from deepatlas.regseg import Frame, Model, Networks, Run, View, registration_terms, segmentation_terms
+from deepatlas.regseg import Frame, Model, Networks, Placed, Run, View, registration_terms, segmentation_terms
 from deepatlas.volume import Volume, apply, reorder, to_ras
 from exact import affine_of, dice, places_of, rotated
 from standins import Answers, model_of, never, shifting
@@ -1118,3 +1118,62 @@ def test_a_loaded_model_answers_as_before(stored):
     assert np.array_equal(regseg.segment(again, image), regseg.segment(model, image))
     one, two = (regseg.register(each, image, other) for each in (model, again))
     assert np.array_equal(one.shift_mm, two.shift_mm)
+
+
+# Laid onto a template
+
+
+def off_middle(seed: int, offset: tuple[int, int, int]) -> Placed:
+    """A soft blob and two satellites in noise, away from the middle; the image ends before the grid does."""
+    where = np.indices((32, 32, 16)).transpose(1, 2, 3, 0) - np.array([16, 15, 8]) - np.array(offset)
+    image = np.zeros((32, 32, 16))
+    for centre, width in (((0, 0, 0), 5.0), ((6, 3, 1), 2.0), ((-5, 6, -2), 2.5)):
+        image += np.exp(-(((where - np.array(centre)) / width) ** 2).sum(axis=-1))
+    image += 0.02 * np.random.default_rng(seed).random(image.shape)
+    inside = np.zeros(image.shape, bool)
+    inside[3:29, 2:30, 1:15] = True
+    return Placed((image * inside).astype(np.float32), inside)
+
+
+OFFSETS = [(0, 0, 0), (3, -2, 1), (-4, 1, 0), (2, 5, -2), (-1, -4, 2)]
+
+
+def test_cases_are_laid_together_wherever_they_were_cut():
+    parts = [off_middle(number, offset) for number, offset in enumerate(OFFSETS)]
+    images, insides = (torch.from_numpy(np.stack([one[part] for one in parts]))[:, None] for part in (0, 1))
+    labels = (images[:, 0] > 0.5).to(torch.uint8)
+    given = regseg.Cases([str(n) for n in range(5)], images, insides, labels, torch.ones(5, dtype=torch.bool), 1)
+    found, template = regseg.laid_together(given)
+    truth = found.labels.float()
+    for other in range(1, 5):  # the same voxels, but for the noise
+        same = 2 * (truth[0] * truth[other]).sum() / (truth[0].sum() + truth[other].sum())
+        assert float(same) > 0.97
+    assert not given.labels[0].equal(given.labels[3])  # and what was given stays as it was
+    places = [template.nodes(images[n : n + 1], insides[n : n + 1]) for n in range(5)]
+    apart = np.array(places) - np.array(places[0])
+    np.testing.assert_array_equal(apart, np.array(OFFSETS) - np.array(OFFSETS[0]))
+
+
+def test_a_registration_begins_where_the_template_lays_both_images():
+    shape, parts = (32, 32, 16), [off_middle(number, offset) for number, offset in enumerate(OFFSETS[:2])]
+    fixed, moving = (Volume(part.image, np.diag([2.0, 1.5, 3.0, 1.0])) for part in parts)
+    template = regseg.Template(
+        torch.from_numpy(parts[0].image)[None, None], torch.from_numpy(parts[0].inside)[None, None]
+    )
+    model = Model(regseg.networks_for(1), Frame(shape, (2.0, 1.5, 3.0)), {"blob": 1}, template=template)
+    found = regseg.register(model, fixed, moving)
+    inner = places_of(shape, fixed.affine).reshape(-1, 3)[[500, 4000, 9000]]
+    shift = np.array(OFFSETS[1]) * [2.0, 1.5, 3.0]
+    np.testing.assert_allclose(found.points(inner), inner + shift, atol=1e-2)  # the fresh network's u is next to 0
+
+
+def test_a_template_is_kept_with_the_model(tmp_path):
+    part = off_middle(3, (1, 2, 0))
+    template = regseg.Template(torch.from_numpy(part.image)[None, None], torch.from_numpy(part.inside)[None, None])
+    model = Model(regseg.networks_for(1), Frame((32, 32, 16), (1.0,) * 3), {"blob": 1}, template=template)
+    regseg.save(model, tmp_path / "model")
+    read = regseg.load(tmp_path / "model").template
+    assert read.image.equal(template.image)
+    assert read.inside.equal(template.inside)
+    regseg.save(replace(model, template=None), tmp_path / "plain")
+    assert regseg.load(tmp_path / "plain").template is None

@@ -197,7 +197,7 @@ class RegSeg:
     segmentation; ours were chosen on training images (`docs/recipes.md`).
     """
 
-    registration: int = 600
+    registration: int = 400
     """Steps of the registration network alone, without labels."""
     segmentation: int = 300
     """Steps of the segmentation network alone, on the labelled images."""
@@ -205,7 +205,7 @@ class RegSeg:
     """Steps of the segmentation network with the registration held."""
     guided: int = 0
     """Steps of the registration network with the segmentation held."""
-    joint: int = 500
+    joint: int = 300
     """Registration steps of the alternation."""
     ratio: int = 10
     """Registration steps for one of segmentation."""
@@ -213,11 +213,11 @@ class RegSeg:
     rate: float = 1e-3
     window: int | None = None
     """Voxels along the windows of the correlation; None: one over the whole image, as in the paper."""
-    bending: float = 1.5
+    bending: float = 0.6
     """λ_r, of the bending energy in voxels."""
     anatomy: float = 3.0
     """λ_a of the registration step."""
-    carried: float = 0.3
+    carried: float = 0.1
     """λ_a of the segmentation step: labels that a registration carried are less true than those drawn."""
     supervised: float = 3.0
     """λ_sp."""

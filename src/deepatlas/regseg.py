@@ -65,8 +65,12 @@ class Frame:
     scaling: str = "percentile"
     """How intensities become 0 ... 1: "percentile" (1st to 99th of what is above the least value), or "LOW:HIGH"."""
 
-    def to_mm(self, volume: Volume) -> np.ndarray:
-        """Index of the grid → mm of an image, (4, 4). Voxels of the grid's own spacing are kept as they are."""
+    def to_mm(self, volume: Volume, nodes: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
+        """Index of the grid → mm of an image, (4, 4). Voxels of the grid's own spacing are kept as they are.
+
+        Args:
+            nodes: so far is the grid moved from its place in the middle of the image.
+        """
         ras = to_ras(volume)
         step = np.array(self.spacing_mm) / ras.spacing_mm
         own = np.abs(step - 1) < 1e-3
@@ -74,13 +78,13 @@ class Frame:
         start = (np.array(ras.shape) - 1) / 2 - step * (np.array(self.shape) - 1) / 2
         start = np.where(own, np.floor(start), start)
         matrix = np.diag([*step, 1.0])
-        matrix[:3, 3] = start
+        matrix[:3, 3] = start + step * np.array(nodes)
         return ras.affine @ matrix
 
-    def points_mm(self, volume: Volume) -> np.ndarray:
+    def points_mm(self, volume: Volume, nodes: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
         """Places of the grid's nodes in an image, (i, j, k, 3) mm."""
         index = np.stack([*np.indices(self.shape), np.ones(self.shape)], axis=-1)
-        return (index @ self.to_mm(volume).T)[..., :3]
+        return (index @ self.to_mm(volume, nodes).T)[..., :3]
 
 
 def frame_for(volumes: list[Volume], spacing_mm: float | None = None, scaling: str = "percentile") -> Frame:
@@ -129,7 +133,7 @@ class Placed(NamedTuple):
     """Where the image reaches, boolean (i, j, k): its edge is no anatomy."""
 
 
-def placed(volume: Volume, frame: Frame) -> Placed:
+def placed(volume: Volume, frame: Frame, nodes: tuple[int, int, int] = (0, 0, 0)) -> Placed:
     """An image on the grid; 0 beyond its edges."""
     values = np.asarray(volume.array, np.float32)
     low, high = limits_of(frame.scaling, values)
@@ -138,7 +142,7 @@ def placed(volume: Volume, frame: Frame) -> Placed:
     if coarser.max() > 1.2:  # what the grid cannot hold must not alias
         ras = to_ras(smooth)
         smooth = Volume(ndimage.gaussian_filter(ras.array, 0.4 * np.where(coarser > 1.2, coarser, 0)), ras.affine)
-    found = sample_mm(smooth, frame.points_mm(volume), outside=np.nan)
+    found = sample_mm(smooth, frame.points_mm(volume, nodes), outside=np.nan)
     inside = np.isfinite(found)
     return Placed(np.where(inside, np.clip((found - low) / (high - low), 0, 1), 0).astype(np.float32), inside)
 
@@ -202,6 +206,68 @@ def joined(parts: list[Cases]) -> Cases:
     names = [name for part in parts for name in part.names]
     tensors = [torch.cat(tensors) for tensors in zip(*(part[1:5] for part in parts), strict=True)]
     return Cases(names, *tensors, parts[0].classes)
+
+
+class Template(NamedTuple):
+    """What the images have in common, on the grid. Each is laid onto it by whole nodes, as crops of one structure are
+    not all cut around the same middle; the 2019 system takes images that are aligned already."""
+
+    image: Image
+    inside: Mask
+    """Where most of them reach."""
+
+    def nodes(self, image: Image, inside: Mask) -> tuple[int, int, int]:
+        """How far an image has to be moved: the offset of the largest correlation where both reach, of those up to a
+        quarter of the grid that keep half of the image."""
+        size = tuple(n + n // 4 for n in self.image.shape[2:])
+        ours, theirs = (
+            torch.fft.rfftn(torch.cat([m, m * a, m * a * a]).double(), s=size, dim=(2, 3, 4))
+            for m, a in ((self.inside.float(), self.image), (inside.float(), image))
+        )
+
+        def summed(a: int, b: int) -> Tensor:
+            """Σ ours(x) · theirs(x + offset), of the powers a and b, for every offset."""
+            return torch.fft.irfftn(ours[a, 0].conj() * theirs[b, 0], s=size)
+
+        count = summed(0, 0)
+        safe = count.clamp_min(1)
+        spread_a, spread_b = (
+            summed(*pair) - summed(*half) ** 2 / safe for pair, half in (((2, 0), (1, 0)), ((0, 2), (0, 1)))
+        )
+        r = (summed(1, 1) - summed(1, 0) * summed(0, 1) / safe) / (spread_a * spread_b).clamp_min(1e-6).sqrt()
+        r[count < 0.5 * inside.sum()] = -1
+        for axis, (n, whole) in enumerate(zip(self.image.shape[2:], size, strict=True)):
+            offset = torch.arange(whole)
+            far = torch.minimum(offset, whole - offset) > n // 4
+            r.movedim(axis, 0)[far] = -1
+        found = np.unravel_index(int(r.argmax()), size)
+        return tuple(int(n if n <= whole // 2 else n - whole) for n, whole in zip(found, size, strict=True))
+
+
+def laid_together(cases: Cases, rounds: int = 3) -> tuple[Cases, Template]:
+    """Cases moved onto their mean, which sharpens by that; and the mean."""
+    offsets = [(0, 0, 0)] * len(cases.names)
+    for _ in range(rounds):
+        moved_cases = _moved_by(cases, offsets)
+        reached = moved_cases.inside.float().sum(dim=0, keepdim=True)
+        mean = (moved_cases.image * moved_cases.inside).sum(dim=0, keepdim=True) / reached.clamp_min(1)
+        template = Template(mean, reached > len(cases.names) / 2)
+        offsets = [template.nodes(cases.image[n : n + 1], cases.inside[n : n + 1]) for n in range(len(offsets))]
+    return _moved_by(cases, offsets), template
+
+
+def _moved_by(cases: Cases, offsets: list[tuple[int, int, int]]) -> Cases:
+    """Every case at ``x + offset``; nothing where it does not reach."""
+
+    def moved_part(part: Tensor) -> Tensor:
+        result = torch.zeros_like(part)
+        for case, offset in enumerate(offsets):
+            there = [slice(max(o, 0), n + min(o, 0)) for o, n in zip(offset, part.shape[-3:], strict=True)]
+            here = [slice(max(-o, 0), n + min(-o, 0)) for o, n in zip(offset, part.shape[-3:], strict=True)]
+            result[(case, ..., *here)] = part[(case, ..., *there)]
+        return result
+
+    return cases._replace(**{name: moved_part(getattr(cases, name)) for name in ("image", "inside", "labels")})
 
 
 # ── the two networks ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -366,6 +432,15 @@ class Model:
     classes: dict[str, int]
     """Name of each class → its number in label maps, in the order of the network's answers."""
     name: str = "regseg"
+    template: Template | None = None
+    """What images are laid onto; None: middle on middle."""
+
+    def place(self, volume: Volume) -> tuple[int, int, int]:
+        """How far the grid is moved from the middle of an image, in nodes."""
+        if self.template is None:
+            return 0, 0, 0
+        image, inside = (torch.from_numpy(part)[None, None] for part in placed(volume, self.frame))
+        return self.template.nodes(image, inside)
 
 
 def schedule(cases: Cases, settings: RegSeg) -> RegSeg:
@@ -385,6 +460,7 @@ def train(
     start: Networks | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    template: Template | None = None,
 ) -> Model:
     """Train both networks by the stages of the settings, one after the other; those of 0 steps are left out.
 
@@ -392,6 +468,7 @@ def train(
         out: model folder; ``training/`` in it holds the log and the state to resume from. None: nothing is written.
         start: networks to go on from; they are left as they are.
         resume: continue a training that was stopped, to the bit with the same number of threads.
+        template: what the cases were laid onto; the model keeps it.
 
     Raises:
         LabelError: a stage needs labels and there are none.
@@ -432,7 +509,7 @@ def train(
                 if folder is not None and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
                     run.save(folder, about, number, step + 1)
                     saved = time.monotonic()
-    model = Model(Networks(*(network.eval() for network in run.networks)), frame, classes)
+    model = Model(Networks(*(network.eval() for network in run.networks)), frame, classes, template=template)
     if out is not None:
         save(model, out)
         run.save(folder, about, len(stages), 0)
@@ -483,13 +560,13 @@ class Run:
         return {key: float(value.detach()) for key, value in terms.items()}
 
     def segmentation_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
-        """F learns, R is held. With no weight on carried labels it learns from the labelled images alone."""
+        """F learns, R is held: from labelled images drawn freely, and from pairs drawn as R knows them."""
         chance = self.chance(stage, step, 1)
+        free = self.view(_some(self.drawn, settings.batch, chance), chance)
+        terms = segmentation_terms(self.networks, free, free, settings)
         if settings.carried:
-            moving, target = self.half_labelled(chance)
-        else:
-            moving = target = self.view(_some(self.drawn, settings.batch, chance), chance)
-        terms = segmentation_terms(self.networks, moving, target, settings)
+            paired = segmentation_terms(self.networks, *self.half_labelled(chance), settings)
+            terms = {key: terms[key] + value for key, value in paired.items()}
         self.optimisers[1].zero_grad()
         terms["loss"].backward()
         self.optimisers[1].step()
@@ -520,7 +597,8 @@ class Run:
         """Random pairs with labels on at least one side, the moving one half of the time."""
         labelled = _some(self.drawn, self.settings.batch, chance)
         free = [n for n in range(len(self.cases.names)) if n not in set(labelled)]
-        views = [self.view(labelled, chance), self.view(_some(free or labelled, self.settings.batch, chance), chance)]
+        other, share = _some(free or labelled, self.settings.batch, chance), self.settings.gentle
+        views = [self.view(cases, chance, share) for cases in (labelled, other)]
         swap = bool(torch.rand(1, generator=chance) < 0.5)
         return (views[1], views[0]) if swap else (views[0], views[1])
 
@@ -583,11 +661,12 @@ def _some(choices: list[int], count: int, chance: Generator) -> list[int]:
 
 def segment(model: Model, volume: Volume) -> np.ndarray:
     """The class of every voxel of an image, on its own grid, as numbers of the label maps: (i, j, k) int32."""
-    image, _ = placed(volume, model.frame)
+    place = model.place(volume)
+    image, _ = placed(volume, model.frame, place)
     with torch.no_grad():
         found = model.networks.segmentation(torch.from_numpy(image)[None, None])[0].numpy()
     # each class is brought back linearly, then the most probable is taken: never linear on class numbers
-    onto = np.linalg.inv(model.frame.to_mm(volume)) @ volume.affine
+    onto = np.linalg.inv(model.frame.to_mm(volume, place)) @ volume.affine
     index = np.stack([*np.indices(volume.shape), np.ones(volume.shape)]).reshape(4, -1)
     where = (onto @ index)[:3].reshape(3, *volume.shape)
     back = np.stack([ndimage.map_coordinates(one, where, order=1, mode="nearest") for one in found])
@@ -597,18 +676,19 @@ def segment(model: Model, volume: Volume) -> np.ndarray:
 
 
 def register(model: Model, fixed: Volume, moving: Volume) -> Transform:
-    """Φ from the fixed image to the moving one, mm → mm: the middles of both laid on each other, then u."""
-    views = [torch.from_numpy(placed(volume, model.frame).image)[None, None] for volume in (moving, fixed)]
+    """Φ from the fixed image to the moving one, mm → mm: both laid onto the template (or middle on middle), then u."""
+    places = [(volume, model.place(volume)) for volume in (moving, fixed)]
+    views = [torch.from_numpy(placed(volume, model.frame, place).image)[None, None] for volume, place in places]
     with torch.no_grad():
         shift = model.networks.registration(*views)[0].numpy()
-    to_moving, to_fixed = (model.frame.to_mm(volume) for volume in (moving, fixed))
+    to_moving, to_fixed = (model.frame.to_mm(volume, place) for volume, place in places)
     shift_mm = np.einsum("ab,bijk->aijk", to_moving[:3, :3], shift)
     return Transform(to_moving @ np.linalg.inv(to_fixed), shift_mm, to_fixed)
 
 
 def folded(model: Model, found: Transform, fixed: Volume) -> float:
     """Share of the fixed image where a registration folds."""
-    return float((found.determinants()[placed(fixed, model.frame).inside] <= 0).mean())
+    return float((found.determinants()[placed(fixed, model.frame, model.place(fixed)).inside] <= 0).mean())
 
 
 class Scores(NamedTuple):
@@ -740,8 +820,11 @@ def save(model: Model, folder: Path, half: bool = False) -> None:
         for name, network in zip(Networks._fields, model.networks, strict=True)
         for k, v in network.state_dict().items()
     }
+    if model.template is not None:
+        tensors |= {"template.image": model.template.image.to(kind), "template.inside": model.template.inside.to(kind)}
     checkpoint.write_tensors(folder / "weights.safetensors", tensors)
     about = {"format": FORMAT, "version": VERSION, "frame": asdict(model.frame)}
+    about["template"] = model.template is not None
     about["structures"] = [{"name": name, "label": number} for name, number in model.classes.items()]
     checkpoint.write_text(folder / "model.json", json.dumps(about, indent=1))
 
@@ -765,10 +848,15 @@ def load(folder: Path) -> Model:
         networks = networks_for(len(classes))
         parts = [(f"{name}.", network) for name, network in zip(Networks._fields, networks, strict=True)]
         shapes = {p + k: tuple(v.shape) for p, network in parts for k, v in network.state_dict().items()}
+        if about["template"]:
+            shapes |= {f"template.{part}": (1, 1, *frame.shape) for part in Template._fields}
         tensors = checkpoint.read_tensors(folder / "weights.safetensors", shapes, {"F16", "F32"})
+        template = None
+        if about["template"]:
+            template = Template(tensors["template.image"].float(), tensors["template.inside"] > 0.5)
         for prefix, network in parts:
             network.load_state_dict({k: v.float() for k, v in checkpoint.under(tensors, prefix).items()})
             network.to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'model.json'} does not describe a model ({error}); copy it again.") from error
-    return Model(networks, frame, classes, folder.name)
+    return Model(networks, frame, classes, folder.name, template)

@@ -78,9 +78,9 @@ def train(
             maps = {name: files.read_labels(drawn[name])} if name in wanted else {}
             parts.append(regseg.cases_of({name: files.read_image(path)}, maps, frame, tuple(classes.values())))
             count(done, len(paths), name)
-    cases = regseg.joined(parts)
+    cases, template = regseg.laid_together(regseg.joined(parts))
     with training() as report:
-        regseg.train(cases, frame, classes, regseg.schedule(cases, settings), output, None, resume, report)
+        regseg.train(cases, frame, classes, regseg.schedule(cases, settings), output, None, resume, report, template)
     typer.echo(f"{output}: trained on {len(cases.names)} images, {len(wanted)} of them with labels.")
 
 
@@ -104,7 +104,8 @@ def register(
     drawn = files.read_labels(labels, like=laid) if labels else None
     there, back = regseg.register(loaded, still, laid), regseg.register(loaded, laid, still)
     outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
-    places = loaded.frame.points_mm(still)[regseg.placed(still, loaded.frame).inside]
+    place = loaded.place(still)
+    places = loaded.frame.points_mm(still, place)[regseg.placed(still, loaded.frame, place).inside]
     apart = transforms.inverse_consistency_mm(there, back, places)
     moved = np.linalg.norm(there.points(places) - places, axis=-1)
     about = {
