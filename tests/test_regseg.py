@@ -777,7 +777,7 @@ def test_stages_come_in_order_and_the_alternation_takes_one_step_of_segmentation
         )
     settings = replace(NO_STEPS, registration=1, segmentation=1, semi=1, guided=1, joint=5, ratio=2)
     regseg.train(cases, CUBE, CLASSES, settings, on_progress=told.append)
-    assert "".join(asked) == "r" + "s" + "s" + "r" + "rrsrrsr"
+    assert "".join(asked) == "r" + "s" + "ss" + "r" + "rrssrrssr"  # beside a pair always a labelled image alone
     assert [at.stage for at in told] == ["registration", "segmentation", "semi", "guided", "joint"]
     assert (told[-1].done, told[-1].total) == (9, 9)
     assert all(np.isfinite(at.terms["loss"]) for at in told)
@@ -792,12 +792,13 @@ def test_each_stage_is_taught_by_its_own_terms(monkeypatch):
         )
     settings = replace(NO_STEPS, registration=1, segmentation=1, semi=2, guided=1, joint=1, ratio=1)
     regseg.train(cohort((2,)), CUBE, CLASSES, settings)
-    assert [weights.anatomy for _, _, weights in seen] == [0, 0, *(5 * [settings.anatomy])]
+    assert [weights.anatomy for _, _, weights in seen] == [0, 0, *(8 * [settings.anatomy])]
     has = [(moving.labelled.item(), target.labelled.item()) for moving, target, _ in seen]
-    assert has[1] == (True, True)  # alone: the labelled image itself
-    for step in (2, 3, 6):  # with the registration: one image has labels and the other has none
+    for step in (1, 2, 4, 8):  # alone, and beside every pair: the labelled image itself
+        assert has[step] == (True, True)
+    for step in (3, 5, 9):  # with the registration: one image has labels and the other has none
         assert sorted(has[step]) == [False, True]
-    for step in (0, 4, 5):
+    for step in (0, 6, 7):
         assert not torch.equal(seen[step][0].image, seen[step][1].image)
 
 
