@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepatlas import files, regseg
+from deepatlas import common_grid, files, regseg
 from deepatlas.config import RegSeg
 from deepatlas.loop import Progress
 from deepatlas.metrics import paired_difference
@@ -34,14 +34,14 @@ class Data(NamedTuple):
     """The exams, and those to learn from on the grid."""
 
     exams: dict[str, tuple[Volume, Volume]]
-    cases: regseg.Cases
+    cases: common_grid.Cases
     """All but the validation exams, all with their labels."""
-    frame: regseg.Frame
+    frame: common_grid.Frame
     classes: dict[str, int]
     validation: list[str]
     pairs: list[tuple[str, str]]
     """(moving, fixed) validation exams."""
-    template: regseg.Template
+    template: common_grid.Template
 
 
 def read() -> Data:
@@ -52,9 +52,9 @@ def read() -> Data:
     classes = files.read_names(folder / "labels.json")
     validation = files.read_list(VALIDATION)
     train = {name: one for name, one in volumes.items() if name not in validation}
-    frame = regseg.frame_for(list(train.values()))
-    cases = regseg.cases_of(train, {name: labels[name] for name in train}, frame, tuple(classes.values()))
-    cases, template = regseg.laid_together(cases)
+    frame = common_grid.frame_for(list(train.values()))
+    cases = common_grid.cases_of(train, {name: labels[name] for name in train}, frame, tuple(classes.values()))
+    cases, template = common_grid.laid_together(cases)
     exams = {name: (volumes[name], labels[name]) for name in volumes}
     return Data(exams, cases, frame, classes, validation, regseg.read_pairs(PAIRS), template)
 

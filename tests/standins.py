@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepatlas.regseg import Frame, Model, Networks
+from deepatlas.common_grid import Frame
+from deepatlas.regseg import Model, Networks
 
 
 class Answers(nn.Module):

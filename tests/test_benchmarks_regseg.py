@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from benchmarks import regseg as comparison
 
-from deepatlas import regseg
+from deepatlas import common_grid, regseg
 from deepatlas.config import RegSeg
 from deepatlas.volume import Volume
 
@@ -25,10 +25,10 @@ def data():
         image = (100.0 * (labels == 3) + 60.0 * (labels == 5) + far).astype(np.float32)
         exams[f"exam_{number}"] = (Volume(image, np.eye(4)), Volume(labels, np.eye(4)))
     train = {name: exams[name] for name in list(exams)[:4]}
-    frame = regseg.Frame((16, 16, 16), (1.0, 1.0, 1.0))
+    frame = common_grid.Frame((16, 16, 16), (1.0, 1.0, 1.0))
     volumes, labels = ({name: both[part] for name, both in train.items()} for part in (0, 1))
-    cases = regseg.cases_of(volumes, labels, frame, tuple(CLASSES.values()))
-    cases, template = regseg.laid_together(cases)
+    cases = common_grid.cases_of(volumes, labels, frame, tuple(CLASSES.values()))
+    cases, template = common_grid.laid_together(cases)
     unseen = list(exams)[4:]
     return comparison.Data(exams, cases, frame, CLASSES, unseen, regseg.random_pairs(unseen, 2), template)
 

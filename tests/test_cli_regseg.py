@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from deepatlas import files, regseg, transforms
 from deepatlas.cli import main
-from deepatlas.regseg import Frame
+from deepatlas.common_grid import Frame
 from deepatlas.volume import Volume, apply, reorder
 from exact import affine_of, dice, places_of, rotated
 from refusing import refused

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from deepatlas import checkpoint, grid, loop, losses, regseg
+from deepatlas import checkpoint, common_grid, grid, loop, losses, regseg
+from deepatlas.common_grid import Frame, Placed
 from deepatlas.config import Augmentation, RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
-from deepatlas.regseg import Frame, Model, Networks, Placed, Run, View, registration_terms, segmentation_terms
+from deepatlas.regseg import Model, Networks, Run, View, registration_terms, segmentation_terms
 from deepatlas.volume import Volume, apply, reorder, to_ras
 from exact import affine_of, dice, places_of, rotated
 from standins import Answers, model_of, never, shifting
@@ -318,9 +319,9 @@ def box_of(inside: np.ndarray) -> tuple[slice, ...]:
 @pytest.mark.parametrize("shape", [(16, 16, 32), (15, 16, 9), (13, 11, 7)])
 def test_an_image_of_the_frames_own_spacing_is_kept_voxel_for_voxel(shape, spacing, degrees, stored):
     volume = scan(shape, spacing, degrees, stored=stored)
-    frame = regseg.frame_for([volume], scaling="0:1")
+    frame = common_grid.frame_for([volume], scaling="0:1")
     assert frame.shape == (16, 16, 32 if shape[2] == 32 else 16)
-    found = regseg.placed(volume, frame)
+    found = common_grid.placed(volume, frame)
     where = box_of(found.inside)
     assert tuple(one.stop - one.start for one in where) == shape
     assert found.inside.sum() == np.prod(shape)
@@ -338,7 +339,7 @@ def test_a_spacing_as_a_file_holds_it_is_the_frames_own(stated):
     """NIfTI holds spacings as float32, which lie a little beside the number that was meant."""
     spacing = (float(np.float32(stated)), 1.5, 3.0)
     volume = scan((16, 16, 16), spacing)
-    found = regseg.placed(volume, regseg.frame_for([volume], scaling="0:1"))
+    found = common_grid.placed(volume, common_grid.frame_for([volume], scaling="0:1"))
     assert found.inside.all()
     np.testing.assert_allclose(found.image, volume.array, atol=1e-5)
 
@@ -350,8 +351,8 @@ def test_the_storage_order_of_an_image_changes_nothing(shape, degrees, spacing):
     first = None
     for stored in STORED:
         volume = scan(shape, (1.3, 2.1, 1.7), degrees, stored=stored)
-        frame = regseg.frame_for([volume], spacing)
-        found, points = regseg.placed(volume, frame), frame.points_mm(volume)
+        frame = common_grid.frame_for([volume], spacing)
+        found, points = common_grid.placed(volume, frame), frame.points_mm(volume)
         if first is None:
             first = (frame, found, points)
         assert frame == first[0]
@@ -381,16 +382,16 @@ def test_on_a_coarser_frame_a_ramp_stays_and_what_it_cannot_hold_is_blurred(degr
     empty = scan(shape, spacing, degrees, stored=stored)
     slope = np.array([0.004, -0.006, 0.005])
     ramp = 0.5 + (places_of(empty.shape, empty.affine) - centre(empty)) @ slope
-    found = regseg.placed(Volume(ramp.astype(np.float32), empty.affine), frame)
+    found = common_grid.placed(Volume(ramp.astype(np.float32), empty.affine), frame)
     deep = tuple(slice(one.start + 2, one.stop - 2) for one in box_of(found.inside))
     expected = 0.5 + (frame.points_mm(empty) - centre(empty)) @ slope
     assert np.ptp(expected[deep]) > 0.1
     np.testing.assert_allclose(found.image[deep], expected[deep], atol=1e-3)
     board = np.indices(shape)[:2].sum(axis=0) % 2
-    found = regseg.placed(scan(shape, spacing, degrees, stored=stored, array=board), frame)
+    found = common_grid.placed(scan(shape, spacing, degrees, stored=stored, array=board), frame)
     assert np.abs(found.image[deep] - 0.5).max() < 0.05
     kept = np.indices(shape)[2] % 2  # along the axis whose spacing is the frame's own
-    found = regseg.placed(scan(shape, spacing, degrees, stored=stored, array=kept), frame)
+    found = common_grid.placed(scan(shape, spacing, degrees, stored=stored, array=kept), frame)
     assert set(np.unique(found.image[deep].round(4))) == {0, 1}
 
 
@@ -400,7 +401,7 @@ def test_a_frame_holds_every_image_at_their_median_spacing_in_multiples_of_sixte
         scan((20, 24, 12), (1.0, 2.0, 3.5)),
         scan((10, 10, 49), (1.5, 1.0, 0.5), stored="ILA"),
     ]
-    frame = regseg.frame_for(volumes)
+    frame = common_grid.frame_for(volumes)
     assert frame.spacing_mm == (1.0, 1.0, 3.0)
     assert frame.shape == (32, 48, 16)  # for 30, 48 and 42 mm
     assert frame.scaling == "percentile"
@@ -408,16 +409,16 @@ def test_a_frame_holds_every_image_at_their_median_spacing_in_multiples_of_sixte
         index = apply(np.linalg.inv(frame.to_mm(volume)), volume.corners_mm())
         assert (index > -0.51).all()
         assert (index < np.array(frame.shape) - 0.49).all()
-    asked = regseg.frame_for(volumes, 2.0, "0:50")
+    asked = common_grid.frame_for(volumes, 2.0, "0:50")
     assert asked == Frame((16, 32, 32), (2.0, 2.0, 2.0), "0:50")
 
 
 def test_a_large_image_is_brought_to_a_grid_that_can_be_afforded_unless_a_spacing_is_asked_for():
     volume = Volume(np.zeros((300, 20, 20), np.uint8), np.diag([0.5, 1, 1, 1]))
-    frame = regseg.frame_for([volume])
+    frame = common_grid.frame_for([volume])
     assert frame.shape == (128, 32, 32)
     assert frame.spacing_mm == pytest.approx((150 / 128, 1, 1), abs=1e-5)
-    assert regseg.frame_for([volume], 0.5).shape == (304, 48, 48)
+    assert common_grid.frame_for([volume], 0.5).shape == (304, 48, 48)
 
 
 def test_intensities_are_scaled_by_percentiles_above_the_least_or_between_two_limits():
@@ -425,22 +426,22 @@ def test_intensities_are_scaled_by_percentiles_above_the_least_or_between_two_li
     values.flat[1000:1101] = np.arange(101) + 100  # 1st and 99th: 101 and 199
     volume = Volume(values, np.eye(4))
     expected = np.clip((values - 101) / 98, 0, 1)
-    np.testing.assert_allclose(regseg.placed(volume, Frame((16,) * 3, (1.0,) * 3)).image, expected, atol=1e-5)
-    limited = regseg.placed(volume, Frame((16,) * 3, (1.0,) * 3, "-105:195")).image
+    np.testing.assert_allclose(common_grid.placed(volume, Frame((16,) * 3, (1.0,) * 3)).image, expected, atol=1e-5)
+    limited = common_grid.placed(volume, Frame((16,) * 3, (1.0,) * 3, "-105:195")).image
     np.testing.assert_allclose(limited, np.clip((values + 105) / 300, 0, 1), atol=1e-5)
 
 
 def test_an_image_of_two_values_keeps_them_apart():
     values = np.zeros((16, 16, 16), np.float32)
     values[4:9, 3:12, 5:9] = 1000
-    found = regseg.placed(Volume(values, np.eye(4)), Frame((16,) * 3, (1.0,) * 3)).image
+    found = common_grid.placed(Volume(values, np.eye(4)), Frame((16,) * 3, (1.0,) * 3)).image
     np.testing.assert_allclose(found, values / 1000, atol=1e-5)
 
 
 @pytest.mark.parametrize("scaling", ["", "low", "5", "5:1", "3:3", "1:2:3", "a:b", "nan:1"])
 def test_a_scaling_that_cannot_be_read_is_refused(scaling):
     with pytest.raises(ExamError, match="LOW:HIGH"):
-        regseg.frame_for([scan((16, 16, 16), (1.0, 1, 1))], scaling=scaling)
+        common_grid.frame_for([scan((16, 16, 16), (1.0, 1, 1))], scaling=scaling)
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -450,23 +451,23 @@ def test_labels_lie_where_their_image_lies(stored):
     image = scan(shape, (0.7, 1.2, 2.5), degrees)
     other = scan(shape, (0.7, 1.2, 2.5), degrees, stored=stored, array=drawn)
     labels = Volume(other.array.astype(np.uint16), other.affine)
-    frame = regseg.frame_for([image], scaling="0:1")
-    cases = regseg.cases_of({"a": image, "b": image}, {"b": labels}, frame, (17, 3))
+    frame = common_grid.frame_for([image], scaling="0:1")
+    cases = common_grid.cases_of({"a": image, "b": image}, {"b": labels}, frame, (17, 3))
     assert (cases.names, cases.classes, cases.labelled.tolist()) == (["a", "b"], 2, [False, True])
     assert cases.image.shape == cases.inside.shape == (2, 1, 16, 16, 16)
     assert not cases.labels[0].any()
     where = box_of(cases.inside[1, 0].numpy())
     expected = 2 * (drawn == 3) + (drawn == 17)  # in the order of the numbers; 9 is none of them
     np.testing.assert_array_equal(cases.labels[1].numpy()[where], expected)
-    np.testing.assert_array_equal(cases.image[1, 0].numpy(), regseg.placed(image, frame).image)
+    np.testing.assert_array_equal(cases.image[1, 0].numpy(), common_grid.placed(image, frame).image)
     with pytest.raises(LabelError, match=r"b hold none of 4, 5"):
-        regseg.cases_of({"b": image}, {"b": labels}, frame, (4, 5))
+        common_grid.cases_of({"b": image}, {"b": labels}, frame, (4, 5))
 
 
 def test_labels_may_be_set_aside():
     image, frame = scan((16,) * 3, (1.0, 1, 1)), Frame((16,) * 3, (1.0,) * 3)
     ones = Volume(np.ones((16,) * 3, np.uint8), image.affine)
-    cases = regseg.cases_of(dict.fromkeys("abcd", image), {"a": ones, "c": ones, "d": ones}, frame, (1,))
+    cases = common_grid.cases_of(dict.fromkeys("abcd", image), {"a": ones, "c": ones, "d": ones}, frame, (1,))
     some = cases.picked([3, 1, 0], labelled=[0, 1])
     assert (some.names, some.labelled.tolist()) == (["d", "b", "a"], [False, False, True])
     assert cases.picked([2, 1]).labelled.tolist() == [True, False]
@@ -517,7 +518,7 @@ def test_the_registration_network_is_given_the_moving_image_and_then_the_fixed_o
     model = model_of(FRAME)
     regseg.register(replace(model, networks=Networks(Answers(keep), Answers(never))), fixed, moving)
     for image, volume in zip(given, (moving, fixed), strict=True):
-        np.testing.assert_array_equal(image[0, 0].numpy(), regseg.placed(volume, FRAME).image)
+        np.testing.assert_array_equal(image[0, 0].numpy(), common_grid.placed(volume, FRAME).image)
 
 
 def linear_shift(gradient: np.ndarray) -> np.ndarray:
@@ -728,15 +729,15 @@ def phantom(middle, radius: float = 5.0) -> tuple[Volume, Volume]:
     return Volume(np.exp(-((away / radius) ** 2)).astype(np.float32), affine), Volume(labels, affine)
 
 
-def cohort(labelled=(0, 2), count: int = 4) -> regseg.Cases:
+def cohort(labelled=(0, 2), count: int = 4) -> common_grid.Cases:
     middles = np.random.default_rng(0).uniform(-2, 2, (count, 3))
     phantoms = {f"case{n}": phantom(middle) for n, middle in enumerate(middles)}
     labels = {name: pair[1] for n, (name, pair) in enumerate(phantoms.items()) if n in labelled}
-    return regseg.cases_of({name: pair[0] for name, pair in phantoms.items()}, labels, CUBE, (3, 17))
+    return common_grid.cases_of({name: pair[0] for name, pair in phantoms.items()}, labels, CUBE, (3, 17))
 
 
 @pytest.fixture(scope="module")
-def cases() -> regseg.Cases:
+def cases() -> common_grid.Cases:
     return cohort()
 
 
@@ -907,7 +908,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
-def stopped(folder: Path, stage: str, step: int, monkeypatch, cases: regseg.Cases | None = None) -> None:
+def stopped(folder: Path, stage: str, step: int, monkeypatch, cases: common_grid.Cases | None = None) -> None:
     """Begin a training and stop it after a step: what was kept last is the state before it."""
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
 
@@ -991,7 +992,7 @@ def test_a_state_that_was_damaged_is_refused(tmp_path, monkeypatch):
 
 def test_a_registration_of_balls_that_moved_is_learned():
     pair = {"left": phantom((-2, 0, 1), 3.5), "right": phantom((2, 0, -1))}
-    cases = regseg.cases_of({n: p[0] for n, p in pair.items()}, {n: p[1] for n, p in pair.items()}, CUBE, (3, 17))
+    cases = common_grid.cases_of({n: p[0] for n, p in pair.items()}, {n: p[1] for n, p in pair.items()}, CUBE, (3, 17))
     settings = replace(NO_STEPS, registration=40, batch=2, bending=0.05, augmentation=STILL, bend=0.0)
     told = []
     model = regseg.train(cases, CUBE, CLASSES, settings, on_progress=told.append)
@@ -1143,8 +1144,8 @@ def test_cases_are_laid_together_wherever_they_were_cut():
     parts = [off_middle(number, offset) for number, offset in enumerate(OFFSETS)]
     images, insides = (torch.from_numpy(np.stack([one[part] for one in parts]))[:, None] for part in (0, 1))
     labels = (images[:, 0] > 0.5).to(torch.uint8)
-    given = regseg.Cases([str(n) for n in range(5)], images, insides, labels, torch.ones(5, dtype=torch.bool), 1)
-    found, template = regseg.laid_together(given)
+    given = common_grid.Cases([str(n) for n in range(5)], images, insides, labels, torch.ones(5, dtype=torch.bool), 1)
+    found, template = common_grid.laid_together(given)
     truth = found.labels.float()
     for other in range(1, 5):  # the same voxels, but for the noise
         same = 2 * (truth[0] * truth[other]).sum() / (truth[0].sum() + truth[other].sum())
@@ -1158,7 +1159,7 @@ def test_cases_are_laid_together_wherever_they_were_cut():
 def test_a_registration_begins_where_the_template_lays_both_images():
     shape, parts = (32, 32, 16), [off_middle(number, offset) for number, offset in enumerate(OFFSETS[:2])]
     fixed, moving = (Volume(part.image, np.diag([2.0, 1.5, 3.0, 1.0])) for part in parts)
-    template = regseg.Template(
+    template = common_grid.Template(
         torch.from_numpy(parts[0].image)[None, None], torch.from_numpy(parts[0].inside)[None, None]
     )
     model = Model(regseg.networks_for(1), Frame(shape, (2.0, 1.5, 3.0)), {"blob": 1}, template=template)
@@ -1170,7 +1171,7 @@ def test_a_registration_begins_where_the_template_lays_both_images():
 
 def test_a_template_is_kept_with_the_model(tmp_path):
     part = off_middle(3, (1, 2, 0))
-    template = regseg.Template(torch.from_numpy(part.image)[None, None], torch.from_numpy(part.inside)[None, None])
+    template = common_grid.Template(torch.from_numpy(part.image)[None, None], torch.from_numpy(part.inside)[None, None])
     model = Model(regseg.networks_for(1), Frame((32, 32, 16), (1.0,) * 3), {"blob": 1}, template=template)
     regseg.save(model, tmp_path / "model")
     read = regseg.load(tmp_path / "model").template

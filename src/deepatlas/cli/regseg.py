@@ -42,7 +42,7 @@ def train(
 
     import numpy as np
 
-    from deepatlas import files, regseg
+    from deepatlas import common_grid, files, regseg
     from deepatlas.config import RegSeg
     from deepatlas.volume import Volume
 
@@ -72,13 +72,13 @@ def train(
     classes = files.read_names(names) if names else {f"class_{n}": n for n in sorted(numbers - {0})}
     if not classes:
         raise LabelError("Expected labelled images, found no label above 0; give --labels that hold some.")
-    frame, parts = regseg.frame_for(grids, spacing, scaling), []
+    frame, parts = common_grid.frame_for(grids, spacing, scaling), []
     with counting("Reading") as count:
         for done, (name, path) in enumerate(paths.items(), start=1):  # again, as full images may not fit in memory
             maps = {name: files.read_labels(drawn[name])} if name in wanted else {}
-            parts.append(regseg.cases_of({name: files.read_image(path)}, maps, frame, tuple(classes.values())))
+            parts.append(common_grid.cases_of({name: files.read_image(path)}, maps, frame, tuple(classes.values())))
             count(done, len(paths), name)
-    cases, template = regseg.laid_together(regseg.joined(parts))
+    cases, template = common_grid.laid_together(common_grid.joined(parts))
     with training() as report:
         regseg.train(cases, frame, classes, regseg.schedule(cases, settings), output, None, resume, report, template)
     typer.echo(f"{output}: trained on {len(cases.names)} images, {len(wanted)} of them with labels.")
@@ -96,7 +96,7 @@ def register(
     report.json."""
     import numpy as np
 
-    from deepatlas import checkpoint, files, outputs, regseg, transforms
+    from deepatlas import checkpoint, common_grid, files, outputs, regseg, transforms
 
     outputs.claim(outputs.registration_paths(output, labels=labels is not None), overwrite)
     loaded = regseg.load(checkpoint.find(model))
@@ -105,7 +105,7 @@ def register(
     there, back = regseg.register(loaded, still, laid), regseg.register(loaded, laid, still)
     outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
     place = loaded.place(still)
-    places = loaded.frame.points_mm(still, place)[regseg.placed(still, loaded.frame, place).inside]
+    places = loaded.frame.points_mm(still, place)[common_grid.placed(still, loaded.frame, place).inside]
     apart = transforms.inverse_consistency_mm(there, back, places)
     moved = np.linalg.norm(there.points(places) - places, axis=-1)
     about = {
