@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepatlas import checkpoint, common_grid, grid, loop, losses, regseg
+from deepatlas import checkpoint, common_grid, grid, loop, losses, regseg, transforms
 from deepatlas.common_grid import Frame, Placed
 from deepatlas.config import Augmentation, RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
@@ -534,9 +534,9 @@ def test_the_change_of_volume_is_that_of_the_displacement_in_voxels(stored):
     model = model_of(FRAME, linear_shift(gradient))
     found = regseg.register(model, fixed, moving)
     np.testing.assert_allclose(found.determinants(), np.linalg.det(np.eye(3) + gradient), atol=1e-5)
-    assert regseg.folded(model, found, fixed) == 0
+    assert transforms.folded(found, fixed) == 0
     mirrored = model_of(FRAME, linear_shift(np.diag([0, 0, -1.5])))
-    assert regseg.folded(mirrored, regseg.register(mirrored, fixed, moving), fixed) == 1
+    assert transforms.folded(regseg.register(mirrored, fixed, moving), fixed) == 1
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
@@ -547,10 +547,10 @@ def test_folds_are_counted_where_the_fixed_image_is(share):
     shift[1] = np.minimum(0, -3.0 * (np.arange(32) - first))[None, :, None]
     fixed = scan(**FIXED | {"shape": (16, 30, 16), "spacing": (4.1, 3.1, 5.1), "degrees": (0, 0, 0)})
     model = model_of(FRAME, shift)
-    found = regseg.folded(model, regseg.register(model, fixed, scan(**MOVING)), fixed)
+    found = transforms.folded(regseg.register(model, fixed, scan(**MOVING)), fixed)
     assert found == pytest.approx(share, abs=1.01 / 31)
     shorter = scan(**FIXED | {"shape": (16, 15, 16), "spacing": (4.1, 3.1, 5.1), "degrees": (0, 0, 0)})
-    found = regseg.folded(model, regseg.register(model, shorter, scan(**MOVING)), shorter)
+    found = transforms.folded(regseg.register(model, shorter, scan(**MOVING)), shorter)
     assert found == pytest.approx({0.25: 0.0, 0.5: 0.5}[share], abs=1.01 / 15)
 
 

@@ -1,6 +1,8 @@
-"""What a training tells while it runs: progress with the time that is left, and a log of every term. Knows no model."""
+"""What a training tells while it runs, progress with the time that is left and a log of every term, and the state it is
+resumed from. Knows no model."""
 
 import csv
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 from torch.optim import Adam
+
+from deepatlas import checkpoint
+from deepatlas.errors import ModelError
 
 LOG = logging.getLogger(__name__)
 LOG_EVERY = 20
@@ -115,6 +120,60 @@ def csv_log(
             file.flush()
 
         yield write
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuse a model folder that holds nothing to resume, or something that a new training would replace.
+
+    Raises:
+        ModelError: which of the two.
+    """
+    begun = (out / "training" / "state.json").exists()
+    if resume and not begun:
+        raise ModelError(f"There is nothing to resume in {out}; start without --resume.")
+    if not resume and ((out / "model.json").exists() or begun):
+        raise ModelError(f"{out} already holds a model or a training; add --resume, or choose another folder.")
+
+
+class State(NamedTuple):
+    """Where a training stood."""
+
+    stage: int
+    step: int
+    tensors: dict[str, Tensor]
+    level: int = 0
+
+
+def save_state(folder: Path, state: State, settings: dict) -> None:
+    """Write a state: tensors first, then where they stand; the one before goes last."""
+    name = f"state-{state.stage}-{state.step}.safetensors"
+    checkpoint.write_tensors(folder / name, state.tensors)
+    about = {"stage": state.stage, "step": state.step, "level": state.level, "file": name, "settings": settings}
+    about["shapes"] = {k: list(v.shape) for k, v in state.tensors.items()}
+    checkpoint.write_text(folder / "state.json", json.dumps(about))
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def read_state(folder: Path, settings: dict) -> State:
+    """Read a state back.
+
+    Raises:
+        ModelError: it is damaged, or was begun with other settings.
+    """
+    path = folder / "state.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        stage, step, level = (int(about[key]) for key in ("stage", "step", "level"))
+        shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
+        file, begun = str(about["file"]), dict(about["settings"])
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error}); remove the folder and train again.") from None
+    odd = [key for key in settings if settings[key] != begun.get(key)]
+    if odd:
+        raise ModelError(f"This training was begun with another {' and '.join(odd)}; resume with the same.")
+    return State(stage, step, checkpoint.read_tensors(folder / file, shapes, {"F32"}), level)
 
 
 def tensors_of(optimiser: Adam, prefix: str) -> dict[str, Tensor]:

@@ -26,7 +26,17 @@ from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import CUBE, Augmentation, ConsolidationStage, Preset
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.fitting import carried, fit
-from deepatlas.loop import Progress, Reporter, csv_log, optimiser_of, tensors_of
+from deepatlas.loop import (
+    Progress,
+    Reporter,
+    State,
+    check_folder,
+    csv_log,
+    optimiser_of,
+    read_state,
+    save_state,
+    tensors_of,
+)
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, likeness, objective
@@ -122,11 +132,7 @@ def pretrain(
         preset = replace(preset, network=base.network.config)
     data = _load(cohort, preset, device)
     training = out / "training"
-    begun = (training / "state.json").exists()
-    if resume and not begun:
-        raise ModelError(f"There is nothing to resume in {out}; start without --resume.")
-    if not resume and ((out / "model.json").exists() or begun):
-        raise ModelError(f"{out} already holds a model or a training; add --resume, or choose another folder.")
+    check_folder(out, resume)
     run = Run.begin(data, preset, seed_exam, base, device)
     settings = {"preset": asdict(preset), "exams": data.names, "seed_exam": run.seed_name, "--from": _frame(base)}
     settings = json.loads(json.dumps(settings))
@@ -564,25 +570,11 @@ class Run:
         done = stage > 0 and step == 0  # a stage has ended; the next one makes its own optimiser
         if done:
             self.optimiser = None
-        tensors = self._tensors()
-        name = f"state-{stage}-{step}.safetensors"
-        checkpoint.write_tensors(folder / name, tensors)
-        about = {"stage": stage, "step": step, "level": self.level, "file": name, "settings": settings}
-        about["shapes"] = {k: list(v.shape) for k, v in tensors.items()}
-        checkpoint.write_text(folder / "state.json", json.dumps(about))
-        for old in folder.glob("state-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        save_state(folder, State(stage, step, self._tensors(), self.level), settings)
 
     def restore(self, folder: Path, settings: dict) -> tuple[int, int]:
         """Read the state back; the stage and the step to go on with."""
-        about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        odd = [key for key in settings if settings[key] != about["settings"].get(key)]
-        if odd:
-            raise ModelError(f"This training was begun with another {' and '.join(odd)}; resume with the same.")
-        shapes = {k: tuple(v) for k, v in about["shapes"].items()}
-        tensors = checkpoint.read_tensors(folder / about["file"], shapes, {"F32"})
-        stage, step, level = about["stage"], about["step"], about["level"]
+        stage, step, tensors, level = read_state(folder, settings)
         if step:
             self.level = level  # so that entering the stage is no jump
             self.enter(stage)

@@ -37,12 +37,22 @@ from deepatlas import augment, checkpoint, grid, losses
 from deepatlas.common_grid import HALVINGS, Cases, Frame, Template, placed
 from deepatlas.config import RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
-from deepatlas.loop import Progress, Reporter, csv_log, optimiser_of, tensors_of
+from deepatlas.loop import (
+    Progress,
+    Reporter,
+    State,
+    check_folder,
+    csv_log,
+    optimiser_of,
+    read_state,
+    save_state,
+    tensors_of,
+)
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
 from deepatlas.metrics import bootstrap_interval, dice
 from deepatlas.networks import LEAK, Backbone, channels_first, channels_last
 from deepatlas.shapes import Coordinates, Image, Mask
-from deepatlas.transforms import Transform, moved
+from deepatlas.transforms import Transform, folded, moved
 from deepatlas.volume import Volume
 
 FORMAT = "deepatlas-regseg"
@@ -264,11 +274,7 @@ def train(
     stages, first = run.stages(), (0, 0)
     folder = None if out is None else out / "training"
     if folder is not None:
-        begun = (folder / "state.json").exists()
-        if resume and not begun:
-            raise ModelError(f"There is nothing to resume in {out}; start without --resume.")
-        if not resume and (begun or (out / "model.json").exists()):
-            raise ModelError(f"{out} already holds a model or a training; add --resume, or choose another folder.")
+        check_folder(out, resume)
         folder.mkdir(parents=True, exist_ok=True)
         first = run.restore(folder, about) if resume else first
     keep_freed_memory()
@@ -402,28 +408,11 @@ class Run:
         for name, network, optimiser in zip(Networks._fields, self.networks, self.optimisers, strict=True):
             tensors |= {f"{name}.{k}": v for k, v in network.state_dict().items()}
             tensors |= tensors_of(optimiser, f"adam.{name}.")
-        file = f"state-{stage}-{step}.safetensors"
-        checkpoint.write_tensors(folder / file, tensors)
-        state = {"stage": stage, "step": step, "file": file, "about": about}
-        state["shapes"] = {k: list(v.shape) for k, v in tensors.items()}
-        checkpoint.write_text(folder / "state.json", json.dumps(state))
-        for old in folder.glob("state-*.safetensors"):
-            if old.name != file:
-                old.unlink()
+        save_state(folder, State(stage, step, tensors), about)
 
     def restore(self, folder: Path, about: dict) -> tuple[int, int]:
         """Read the state back; the stage and the step to go on with."""
-        path = folder / "state.json"
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            stage, step = int(state["stage"]), int(state["step"])
-            shapes, file, begun = dict(state["shapes"]), str(state["file"]), dict(state["about"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{path} is damaged ({error}); remove the folder and train again.") from None
-        odd = [key for key in about if about[key] != begun.get(key)]
-        if odd:
-            raise ModelError(f"This training was begun with other {' and '.join(odd)}; resume with the same.")
-        tensors = checkpoint.read_tensors(folder / file, {k: tuple(v) for k, v in shapes.items()}, {"F32"})
+        stage, step, tensors, _ = read_state(folder, about)
         for name, network, optimiser in zip(Networks._fields, self.networks, self.optimisers, strict=True):
             network.load_state_dict(checkpoint.under(tensors, f"{name}."))
             optimiser_of(optimiser, checkpoint.under(tensors, f"adam.{name}."))
@@ -465,11 +454,6 @@ def register(model: Model, fixed: Volume, moving: Volume) -> Transform:
     return Transform(to_moving @ np.linalg.inv(to_fixed), shift_mm, to_fixed)
 
 
-def folded(model: Model, found: Transform, fixed: Volume) -> float:
-    """Share of the fixed image where a registration folds."""
-    return float((found.determinants()[placed(fixed, model.frame, model.place(fixed)).inside] <= 0).mean())
-
-
 class Scores(NamedTuple):
     """Dice of each class, NaN where neither holds it, and where it is a registration the share that folds."""
 
@@ -498,7 +482,7 @@ def score_registration(
     """
     found = found or register(model, fixed[0], moving[0])
     laid = moved(found, fixed[1], moving[1], labels=True)
-    return Scores(_dice(model, fixed[1].array, laid), folded(model, found, fixed[0]))
+    return Scores(_dice(model, fixed[1].array, laid), folded(found, fixed[0]))
 
 
 def random_pairs(names: list[str], count: int, seed: int = 0) -> list[tuple[str, str]]:

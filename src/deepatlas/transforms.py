@@ -60,6 +60,14 @@ def jacobian(vectors: np.ndarray, fixed: Volume) -> np.ndarray:
     return np.linalg.det(np.eye(3) + _gradient(shift, fixed.affine)).astype(np.float32)
 
 
+def folded(transform: Transform, fixed: Volume) -> float:
+    """Share of the nodes in the fixed image where Φ folds."""
+    nodes = np.moveaxis(np.indices(transform.shift_mm.shape[1:]), 0, -1)
+    voxels = apply(fixed.inverse @ transform.to_mm, nodes)
+    inside = ((voxels >= -0.5 - 1e-6) & (voxels <= np.array(fixed.shape) - 0.5 + 1e-6)).all(axis=-1)
+    return float((transform.determinants()[inside] <= 0).mean())
+
+
 def itk_transform(linear: np.ndarray) -> str:
     """A linear map mm → mm (RAS) as an ITK transform file, LPS, fixed points → moving points."""
     flip = np.diag([-1.0, -1.0, 1.0, 1.0])

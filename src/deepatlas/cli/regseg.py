@@ -112,7 +112,7 @@ def register(
         "fixed": still.name,
         "moving": laid.name,
         "model": loaded.name,
-        "folded": round(regseg.folded(loaded, there, still), 6),
+        "folded": round(transforms.folded(there, still), 6),
         "displacement_mm": _spread(moved),
         "inverse_consistency_mm": _spread(apart),
     }
