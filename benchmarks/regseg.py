@@ -218,9 +218,7 @@ def main() -> int:
     asked = parser.parse_args()
     data = read()
     bench = Bench(data, asked.work, SETTINGS)
-    command = {
-        "command": f"python -m benchmarks.regseg {asked.what} --work W --json docs/results/regseg-{asked.what}.json"
-    }
+    command = {"command": f"python -m benchmarks.regseg {asked.what} --work W --json FILE"}
     if asked.what == "one-label":
         result = compare(bench, 1, choices(data, 1)) | command
         if asked.model:

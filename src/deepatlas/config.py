@@ -194,7 +194,8 @@ class RegSeg:
     """The 2019 system (`deepatlas.regseg`): steps of each stage (0 leaves it out), weights, and how to draw.
 
     Public re-implementations weigh anatomy 2 to 3, labels 3, and take 2 to 20 registration steps for one of
-    segmentation; ours were found on training images, `bending` and `carried` guessed from those runs (`docs/recipes.md`).
+    segmentation; ours were found on training images, `bending` and `carried` guessed from those runs
+    (`docs/recipes.md`).
     """
 
     registration: int = 400
