@@ -77,7 +77,8 @@ def test_a_result_is_nobodys_memory_while_it_or_a_view_of_it_is_held():
 def test_parts_give_every_thread_work_and_no_more(monkeypatch):
     for threads, batch, parts in ((1, 1, 1), (1, 8, 1), (2, 1, 2), (4, 2, 2), (6, 4, 1), (64, 1, 8), (64, 3, 2)):
         monkeypatch.setattr(numba, "get_num_threads", lambda threads=threads: threads)
-        assert kernels_cpu.parts_for(batch) == parts
+        assert kernels_cpu.parts_for(batch, 10**5) == parts
+        assert kernels_cpu.parts_for(batch, 10) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 9])
@@ -104,11 +105,31 @@ def test_the_parts_of_an_adjoint_add_up_to_the_whole(parts):
     np.testing.assert_allclose(whole, together, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_only_the_planes_that_points_lie_in_are_read_and_the_others_get_no_gradient(channels):
+    shape = (9, 4, 5)
+    field, grad = draw(3, 1, channels, *shape), draw(5, 1, channels, 2000)
+    where = 0.9 * (2 * torch.rand(1, 3, 2000, generator=torch.Generator().manual_seed(1)) - 1)
+    where[:, 0] = 0.125 * where[:, 0] - 0.25  # between the third and the fourth plane, and next to them
+    known = kernels_cpu.sample(grid.flat(field), shape, grid.flat(where))
+    field[:, :, 6:] = torch.nan
+    given = grid.flat(field), shape, grid.flat(where)
+    for parts in (1, 3):
+        kernels_cpu.sample_backward(*given, grid.flat(grad) * 1e3, True, True, parts)  # leaves numbers in the memory
+        np.testing.assert_array_equal(kernels_cpu.sample(*given, parts), known)
+        to_field, to_points = kernels_cpu.sample_backward(*given, grid.flat(grad), True, True, parts)
+        to_field = to_field.reshape(channels, *shape)
+        assert (to_field[:, :2] == 0).all()
+        assert (to_field[:, 6:] == 0).all()
+        np.testing.assert_allclose(to_field.sum(axis=(1, 2, 3)), grad[0].sum(dim=1), rtol=1e-4, atol=1e-3)
+        assert np.isfinite(to_points).all()
+
+
 def test_the_number_of_threads_does_not_change_a_training_gradient(monkeypatch):
     gradients = []
     for parts in (1, 5):
         for module in (sampling, inversion):
-            monkeypatch.setattr(module, "parts_for", lambda batch, parts=parts: parts)
+            monkeypatch.setattr(module, "parts_for", lambda batch, points, parts=parts: parts)
         c_p, c_q = bent_map(2, torch.float64).requires_grad_(), (bent_map(2, torch.float64) * 0.7).requires_grad_()
         phi = warp.implicit(c_p, c_q).phi_box
         moved = grid.sample(c_p, phi)

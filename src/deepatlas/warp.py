@@ -101,7 +101,7 @@ class _Determinants(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_det, grad_unit):
         field, out_mm, in_mm, wanted = ctx.saved_tensors
-        buffers = torch.zeros(kernels_cpu.parts_for(len(field)), len(field), 3, field[0, 0].numel(), dtype=field.dtype)
+        buffers = torch.zeros(kernels_cpu.parts_for(len(field), field[0, 0].numel()), len(field), 3, field[0, 0].numel(), dtype=field.dtype)
         kernels_cpu.determinants_backward(
             grid.flat(field),
             tuple(field.shape[2:]),

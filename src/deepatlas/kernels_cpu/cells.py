@@ -11,9 +11,9 @@ CHUNK = 512
 """Points that one task takes at a time."""
 
 
-def parts_for(batch: int) -> int:
-    """How many buffers an adjoint needs so that every thread has work of its own."""
-    return max(1, min(8, numba.get_num_threads()) // batch)
+def parts_for(batch: int, points: int) -> int:
+    """In how many parts the points of an exam are taken so that every thread has work of its own."""
+    return max(1, min(min(8, numba.get_num_threads()) // batch, points // CHUNK))
 
 
 def turns(batch: int) -> Iterator[slice]:
@@ -56,3 +56,12 @@ def find_cells(points, b, start, stop, shape, node, offset):
             lower = min(np.int32(x), highest)
             offset[axis, n - start] = x - kind(lower)
             node[n - start] = lower * stride + (node[n - start] if axis else np.int32(0))
+
+
+@njit(inline="always")
+def planes_met(node, count, plane, last):
+    """The first and one past the last plane along the first axis that some cells have corners in."""
+    low, high = node[0], node[0]
+    for m in range(count):
+        low, high = min(low, node[m]), max(high, node[m])
+    return low // plane, min(high // plane + 1, last) + 1

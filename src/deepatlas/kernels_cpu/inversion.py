@@ -6,8 +6,8 @@ Places are indices here, 0 ... last along each axis, so that steps and residuals
 import numpy as np
 from numba import njit, prange
 
-from deepatlas.kernels_cpu.cells import CHUNK, FAST, cell, find_cells, held, parts_for, strides_of, turns
-from deepatlas.kernels_cpu.lanes import LANES, buffers_of, first, lane, load_pair, pack, second, unpack
+from deepatlas.kernels_cpu.cells import CHUNK, FAST, cell, find_cells, held, parts_for, planes_met, strides_of, turns
+from deepatlas.kernels_cpu.lanes import LANES, buffers_of, fill, first, lane, load_pair, pack, rows_of, second, unpack
 from deepatlas.kernels_cpu.memory import result_array
 from deepatlas.kernels_cpu.sampling import push
 
@@ -39,10 +39,12 @@ def invert_backward(field, shape, points, active, forward, floor, grad, parts: i
     grad_target, grad_field = (result_array(like.shape, like.dtype) for like in (points, field))
     for some in turns(len(field)):
         exams = len(field[some])
-        buffers = buffers_of(parts or parts_for(exams), exams, 3, field.shape[2], field.dtype)
-        given = (part[some] for part in (points, active, forward, floor, grad))
-        _invert_backward(pack(field[some])[:, 0], shape, *given, grad_target[some], buffers[:, :, 0])
-        unpack(buffers, grad_field[some])
+        split = parts or parts_for(exams, points.shape[2])
+        rows, buffers = rows_of(split, field[some]), buffers_of(split, exams, 3, field.shape[2], field.dtype)
+        met = np.zeros((split, exams, shape[0]), bool)
+        given = (part[some] for part in (points, active, forward, floor, grad, grad_target))
+        _invert_backward(field[some], shape, *given, rows, buffers, met)
+        unpack(buffers, met, grad_field[some])
     return grad_target, grad_field
 
 
@@ -144,23 +146,30 @@ def _invert(rows, shape, target, active, matrix, offset, steps, tolerance, floor
 
 
 @njit(parallel=True, fastmath=FAST, cache=True)
-def _invert_backward(rows, shape, points, active, forward, floor, grad, grad_target, buffers):
+def _invert_backward(field, shape, points, active, forward, floor, grad, grad_target, rows, buffers, met):
     kind = rows.dtype.type
     half, zero = kind(0.5), kind(0)
     h0, h1, h2 = half * kind(shape[0] - 1), half * kind(shape[1] - 1), half * kind(shape[2] - 1)
     volume = h0 * h1 * h2
     step_i, step_j, step_k = strides_of(shape)
-    count, parts = points.shape[2], buffers.shape[0]
+    plane = shape[1] * shape[2]
+    count, parts = points.shape[2], met.shape[0]
     length = (count + parts - 1) // parts
     for task in prange(points.shape[0] * parts):
         b, part = task // parts, task % parts
-        f, mean, least = rows[b], forward[b], floor[b] / volume
+        mine, stored, sums = met[part, b], rows[part, b], buffers[part, b]
+        f, mean, least = stored[0], forward[b], floor[b] / volume
         node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
         pushed = np.zeros((CHUNK, LANES), rows.dtype)
-        buffers[part, b] = 0
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
             find_cells(points, b, start, stop, shape, node, offset)
+            first_plane, past = planes_met(node, stop - start, plane, shape[0] - 1)
+            for p in range(first_plane, past):
+                if not mine[p]:
+                    mine[p] = True
+                    fill(stored, field[b], p * plane, (p + 1) * plane)
+                    sums[:, p * plane : (p + 1) * plane] = 0
             for n in range(start, stop):
                 m = n - start
                 if not active[b, n]:
@@ -186,4 +195,4 @@ def _invert_backward(rows, shape, points, active, forward, floor, grad, grad_tar
                     value = across[axis] * g0 + next_across[axis] * g1 + last_across[axis] * g2
                     grad_target[b, axis, n] = value
                     pushed[m, axis] = -value
-            push(buffers[part, b], node, offset, pushed, stop - start, step_i, step_j, step_k)
+            push(sums[0], node, offset, pushed, stop - start, step_i, step_j, step_k)

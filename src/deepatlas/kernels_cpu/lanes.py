@@ -229,23 +229,43 @@ def _(table, row, value, v00, v01, v10, v11):
     return plain
 
 
+def fill(rows, field, start, stop):
+    """Pack some nodes of a field (channel, node) into rows (group, node, 4); a single channel needs no packing."""
+    raise NotImplementedError
+
+
+@overload(fill, inline="always")
+def _(rows, field, start, stop):
+    if rows.ndim == 2:
+        return lambda rows, field, start, stop: None
+
+    def lanes(rows, field, start, stop):
+        for group in range(rows.shape[0]):
+            for place in range(LANES):
+                c = group * LANES + place
+                for o in range(start, stop):
+                    rows[group, o, place] = field[c, o] if c < field.shape[0] else 0
+
+    return lanes
+
+
+# ── memory for rows: a plane of nodes is packed, or set to zero, when the first point of a thread comes to it ────────
+
 _BLOCK = 4096
 
 
-def pack(field: np.ndarray, thin: bool = False) -> np.ndarray:
-    """A field (batch, channel, node) as rows (batch, group, node, 4), the last group filled up with zeros.
+def rows_of(parts: int, field: np.ndarray) -> np.ndarray:
+    """Memory to `fill` with a field (batch, channel, node), once for each part: (part, batch, group, node, 4). A single
+    channel stays what it is: (1, batch, 1, node). Valid until this thread asks again."""
+    batch, channels, nodes = field.shape
+    if channels == 1:
+        return field[None]
+    return working_memory("rows", (parts, batch, -(-channels // LANES), nodes, LANES), field.dtype)
 
-    A single channel stays what it is: (batch, 1, node). Valid until this thread packs again.
 
-    Args:
-        thin: the last axis of the grid has one node: one more is put at the end, so that the last one has a pair.
-    """
-    if thin:
-        field = np.concatenate([field, np.zeros_like(field[:, :, :1])], axis=2)
-    if field.shape[1] == 1:
-        return field
-    groups = -(-field.shape[1] // LANES)
-    rows = working_memory("rows", (field.shape[0], groups, field.shape[2], LANES), field.dtype)
+def pack(field: np.ndarray) -> np.ndarray:
+    """`rows_of` a field for one part, filled: (batch, group, node, 4)."""
+    (rows,) = rows_of(1, field)
     _pack(field, rows)
     return rows
 
@@ -257,12 +277,13 @@ def buffers_of(parts: int, batch: int, channels: int, nodes: int, dtype) -> np.n
     return working_memory("buffers", shape, dtype)
 
 
-def unpack(rows: np.ndarray, field: np.ndarray) -> None:
-    """The sum over the parts of rows, into a field (batch, channel, node)."""
-    if rows.ndim == 4:
-        np.sum(rows, axis=0, out=field)
-    else:
-        _unpack(rows, field)
+def unpack(buffers: np.ndarray, met: np.ndarray, field: np.ndarray) -> None:
+    """The sum over the parts of buffers, into a field (batch, channel, node).
+
+    Args:
+        met: (part, batch, plane), the planes that were added to; the others hold whatever was there.
+    """
+    _unpack(buffers if buffers.ndim == 5 else buffers[..., None], met, field)
 
 
 @njit(parallel=True, cache=True)
@@ -271,23 +292,24 @@ def _pack(field, rows):
     blocks = (count + _BLOCK - 1) // _BLOCK
     for task in prange(field.shape[0] * blocks):
         b, start = task // blocks, (task % blocks) * _BLOCK
-        for group in range(rows.shape[1]):
-            for place in range(LANES):
-                c = group * LANES + place
-                for o in range(start, min(start + _BLOCK, count)):
-                    rows[b, group, o, place] = field[b, c, o] if c < field.shape[1] else 0
+        fill(rows[b], field[b], start, min(start + _BLOCK, count))
 
 
 @njit(parallel=True, cache=True)
-def _unpack(rows, field):
-    count = field.shape[2]
-    blocks = (count + _BLOCK - 1) // _BLOCK
-    for task in prange(field.shape[0] * blocks):
-        b, start = task // blocks, (task % blocks) * _BLOCK
+def _unpack(buffers, met, field):
+    parts, planes, lanes = len(buffers), met.shape[2], buffers.shape[4]
+    plane = field.shape[2] // planes
+    for task in prange(field.shape[0] * planes):
+        b, p = task // planes, task % planes
         for c in range(field.shape[1]):
-            group, place = c // LANES, c % LANES
-            for o in range(start, min(start + _BLOCK, count)):
-                value = rows[0, b, group, o, place]
-                for part in range(1, rows.shape[0]):
-                    value += rows[part, b, group, o, place]
-                field[b, c, o] = value
+            group, place = c // lanes, c % lanes
+            first_part = True
+            for part in range(parts):
+                if not met[part, b, p]:
+                    continue
+                for o in range(p * plane, (p + 1) * plane):
+                    value = buffers[part, b, group, o, place]
+                    field[b, c, o] = value if first_part else field[b, c, o] + value
+                first_part = False
+            if first_part:
+                field[b, c, p * plane : (p + 1) * plane] = 0

@@ -3,13 +3,14 @@
 import numpy as np
 from numba import njit, prange
 
-from deepatlas.kernels_cpu.cells import CHUNK, FAST, find_cells, parts_for, strides_of, turns
+from deepatlas.kernels_cpu.cells import CHUNK, FAST, find_cells, parts_for, planes_met, strides_of, turns
 from deepatlas.kernels_cpu.lanes import (
     buffers_of,
+    fill,
     first,
     load,
     load_pair,
-    pack,
+    rows_of,
     second,
     store,
     store_products,
@@ -18,11 +19,18 @@ from deepatlas.kernels_cpu.lanes import (
 from deepatlas.kernels_cpu.memory import result_array
 
 
-def sample(field: np.ndarray, shape: tuple[int, int, int], points: np.ndarray) -> np.ndarray:
-    """Trilinear values of ``field`` at ``points``: (batch, channel, point)."""
+def sample(field: np.ndarray, shape: tuple[int, int, int], points: np.ndarray, parts: int | None = None) -> np.ndarray:
+    """Trilinear values of ``field`` at ``points``: (batch, channel, point).
+
+    The points of an exam are split among ``parts`` threads, and each packs the planes of the field that it comes to.
+    """
+    if shape[2] == 1:  # every node needs one after it
+        return sample(np.repeat(field, 2, axis=2), (*shape[:2], 2), points, parts)
     out = result_array((*field.shape[:2], points.shape[2]), field.dtype)
     for some in turns(len(points)):
-        _sample(pack(field[some], shape[2] == 1), shape, points[some], out[some])
+        split = parts or parts_for(len(field[some]), points.shape[2])
+        met = np.zeros((split, len(field[some]), shape[0]), bool)
+        _sample(field[some], shape, points[some], rows_of(split, field[some]), met, out[some])
     return out
 
 
@@ -37,72 +45,97 @@ def sample_backward(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Adjoint of `sample`: gradients to the field and to the points, each None where it is not wanted.
 
-    The points of an exam are split among ``parts`` buffers, so that no two threads write to the same one.
+    No two parts write to the same buffer.
     """
     batch, channels, nodes = field.shape
+    if shape[2] == 1:
+        given = np.repeat(field, 2, axis=2), (*shape[:2], 2), points, grad
+        to_field, to_points = sample_backward(*given, want_field, want_points, parts)
+        return None if to_field is None else to_field.reshape(batch, channels, nodes, 2).sum(axis=3), to_points
     grad_field = result_array(field.shape, field.dtype) if want_field else None
     grad_points = result_array(points.shape if want_points else (batch, 3, 0), field.dtype)
     for some in turns(batch):
         exams = len(field[some])
-        rows = pack(field[some] if want_points else field[some, :, :0], shape[2] == 1)
-        buffers = buffers_of(parts or parts_for(exams), exams, channels, nodes if want_field else 0, field.dtype)
-        _sample_backward(rows, shape, points[some], grad[some], grad_points[some], buffers, want_points, want_field)
+        split = parts or parts_for(exams, points.shape[2])
+        rows = rows_of(split, field[some] if want_points else field[some, :, :0])
+        buffers = buffers_of(split, exams, channels, nodes if want_field else 0, field.dtype)
+        met = np.zeros((split, exams, shape[0]), bool)
+        given = field[some], shape, points[some], grad[some], grad_points[some]
+        _sample_backward(*given, rows, buffers, met, want_points, want_field)
         if want_field:
-            unpack(buffers, grad_field[some])
+            unpack(buffers, met, grad_field[some])
     return grad_field, grad_points if want_points else None
 
 
 @njit(parallel=True, fastmath=FAST, cache=True)
-def _sample(rows, shape, points, out):
+def _sample(field, shape, points, rows, met, out):
     step_i, step_j, _ = strides_of(shape)
-    count = points.shape[2]
-    chunks = (count + CHUNK - 1) // CHUNK
-    for task in prange(points.shape[0] * chunks):
-        b, start = task // chunks, (task % chunks) * CHUNK
-        stop = min(start + CHUNK, count)
-        node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
-        values = np.empty((CHUNK,) + rows.shape[3:], rows.dtype)  # noqa: RUF005 (Numba)
-        find_cells(points, b, start, stop, shape, node, offset)
-        for group in range(rows.shape[1]):
-            f = rows[b, group]
-            for m in range(stop - start):
-                o, fi, fj, fk = node[m], offset[0, m], offset[1, m], offset[2, m]
-                v00, v01 = load_pair(f, o), load_pair(f, o + step_j)
-                v10, v11 = load_pair(f, o + step_i), load_pair(f, o + step_i + step_j)
-                v0, v1 = v00 + (v01 - v00) * fj, v10 + (v11 - v10) * fj
-                v = v0 + (v1 - v0) * fi
-                store(values, m, first(v) + (second(v) - first(v)) * fk)
-            lanes = values.reshape(CHUNK, -1)
-            for place in range(min(lanes.shape[1], out.shape[1] - group * lanes.shape[1])):
-                for m in range(stop - start):
-                    out[b, group * lanes.shape[1] + place, start + m] = lanes[m, place]
-
-
-@njit(parallel=True, fastmath=FAST, cache=True)
-def _sample_backward(rows, shape, points, grad, grad_points, buffers, want_points, want_field):
-    kind = rows.dtype.type
-    step_i, step_j, step_k = strides_of(shape)
-    count, parts = points.shape[2], buffers.shape[0]
+    plane = shape[1] * shape[2]
+    count, parts = points.shape[2], met.shape[0]
     length = (count + parts - 1) // parts
     for task in prange(points.shape[0] * parts):
         b, part = task // parts, task % parts
-        node, offset = np.empty(CHUNK, np.int32), np.zeros((3, CHUNK), rows.dtype)
-        pushed = np.zeros((CHUNK,) + rows.shape[3:], rows.dtype)  # noqa: RUF005 (Numba)
-        lanes = pushed.reshape(CHUNK, -1)
-        products, work = np.zeros((CHUNK, 8), rows.dtype), np.empty((14, CHUNK), rows.dtype)
-        buffers[part, b] = 0
+        mine, stored = met[part, b], rows[part % len(rows), b]
+        node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
+        values = np.empty((CHUNK,) + rows.shape[4:], rows.dtype)  # noqa: RUF005 (Numba)
+        lanes = values.reshape(CHUNK, -1)
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
             find_cells(points, b, start, stop, shape, node, offset)
-            for group in range(rows.shape[1]):
+            first_plane, past = planes_met(node, stop - start, plane, shape[0] - 1)
+            for p in range(first_plane, past):
+                if not mine[p]:
+                    mine[p] = True
+                    fill(stored, field[b], p * plane, (p + 1) * plane)
+            for group in range(len(stored)):
+                f = stored[group]
+                for m in range(stop - start):
+                    o, fi, fj, fk = node[m], offset[0, m], offset[1, m], offset[2, m]
+                    v00, v01 = load_pair(f, o), load_pair(f, o + step_j)
+                    v10, v11 = load_pair(f, o + step_i), load_pair(f, o + step_i + step_j)
+                    v0, v1 = v00 + (v01 - v00) * fj, v10 + (v11 - v10) * fj
+                    v = v0 + (v1 - v0) * fi
+                    store(values, m, first(v) + (second(v) - first(v)) * fk)
+                for place in range(min(lanes.shape[1], out.shape[1] - group * lanes.shape[1])):
+                    for m in range(stop - start):
+                        out[b, group * lanes.shape[1] + place, start + m] = lanes[m, place]
+
+
+@njit(parallel=True, fastmath=FAST, cache=True)
+def _sample_backward(field, shape, points, grad, grad_points, rows, buffers, met, want_points, want_field):
+    kind = rows.dtype.type
+    step_i, step_j, step_k = strides_of(shape)
+    plane = shape[1] * shape[2]
+    count, parts = points.shape[2], met.shape[0]
+    length = (count + parts - 1) // parts
+    for task in prange(points.shape[0] * parts):
+        b, part = task // parts, task % parts
+        mine, stored, sums = met[part, b], rows[part % len(rows), b], buffers[part, b]
+        node, offset = np.empty(CHUNK, np.int32), np.zeros((3, CHUNK), rows.dtype)
+        pushed = np.zeros((CHUNK,) + rows.shape[4:], rows.dtype)  # noqa: RUF005 (Numba)
+        lanes = pushed.reshape(CHUNK, -1)
+        products, work = np.zeros((CHUNK, 8), rows.dtype), np.empty((14, CHUNK), rows.dtype)
+        for start in range(part * length, min((part + 1) * length, count), CHUNK):
+            stop = min(start + CHUNK, (part + 1) * length, count)
+            find_cells(points, b, start, stop, shape, node, offset)
+            first_plane, past = planes_met(node, stop - start, plane, shape[0] - 1)
+            for p in range(first_plane, past):
+                if not mine[p]:
+                    mine[p] = True
+                    if want_points:
+                        fill(stored, field[b], p * plane, (p + 1) * plane)
+                    if want_field:
+                        sums[:, p * plane : (p + 1) * plane] = 0
+            for group in range(len(stored)):
                 for place in range(min(lanes.shape[1], grad.shape[1] - group * lanes.shape[1])):
                     for m in range(stop - start):
                         lanes[m, place] = grad[b, group * lanes.shape[1] + place, start + m]
                 for place in range(grad.shape[1] - group * lanes.shape[1], lanes.shape[1]):
                     lanes[:, place] = 0
                 if want_points:
+                    f = stored[group]
                     for m in range(stop - start):
-                        o, f = node[m], rows[b, group]
+                        o = node[m]
                         v00, v01 = load_pair(f, o), load_pair(f, o + step_j)
                         v10, v11 = load_pair(f, o + step_i), load_pair(f, o + step_i + step_j)
                         store_products(products, m, load(pushed, m), v00, v01, v10, v11)
@@ -110,7 +143,7 @@ def _sample_backward(rows, shape, points, grad, grad_points, buffers, want_point
                         for m in range(CHUNK):
                             work[corner, m] = products[m, corner] + (work[corner, m] if group else kind(0))
                 if want_field:
-                    push(buffers[part, b, group], node, offset, pushed, stop - start, step_i, step_j, step_k)
+                    push(sums[group], node, offset, pushed, stop - start, step_i, step_j, step_k)
             if want_points:
                 slopes(work, offset)
                 for axis in range(3):
