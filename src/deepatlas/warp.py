@@ -101,7 +101,9 @@ class _Determinants(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_det, grad_unit):
         field, out_mm, in_mm, wanted = ctx.saved_tensors
-        buffers = torch.zeros(kernels_cpu.parts_for(len(field), field[0, 0].numel()), len(field), 3, field[0, 0].numel(), dtype=field.dtype)
+        nodes = field[0, 0].numel()
+        parts = kernels_cpu.parts_for(len(field), nodes)
+        buffers = torch.zeros(parts, len(field), 3, nodes, dtype=field.dtype)
         kernels_cpu.determinants_backward(
             grid.flat(field),
             tuple(field.shape[2:]),
