@@ -177,27 +177,26 @@ def ramp() -> Structure:
 
 
 def test_the_level_is_the_one_of_the_highest_mean_dice():
-    drawn = []
-    for seed, threshold in enumerate((0.3, 0.3, 0.3, 0.7)):
-        c = points_in(ramp().box_atlas, 4000, seed)
-        drawn.append(Drawn(c, ((c[0] + 1) / 2 > threshold).float()))
-    assert atlas.calibrated_level(ramp(), drawn[:3]) == pytest.approx(0.3, abs=0.02)
-    assert atlas.calibrated_level(ramp(), [drawn[3], drawn[3]]) == pytest.approx(0.7, abs=0.02)
+    chance = torch.Generator().manual_seed(0)
+    values = [torch.rand(4000, generator=chance) for _ in range(4)]
+    found = [(some, some > threshold) for some, threshold in zip(values, (0.3, 0.3, 0.3, 0.7), strict=True)]
+    assert atlas.calibrated_level(found[:3]) == pytest.approx(0.3, abs=0.02)
+    assert atlas.calibrated_level([found[3], found[3]]) == pytest.approx(0.7, abs=0.02)
     levels = np.linspace(0.1, 0.9, 33)
     dice = np.zeros(33)  # of the mixture, in closed form: |over| = 1 - level, |drawn| = 1 - threshold
     for threshold in (0.3, 0.3, 0.3, 0.7):
         dice += 2 * (1 - np.maximum(levels, threshold)) / (2 - levels - threshold)
-    assert atlas.calibrated_level(ramp(), drawn) == pytest.approx(levels[dice.argmax()], abs=0.04)
+    assert atlas.calibrated_level(found) == pytest.approx(levels[dice.argmax()], abs=0.04)
 
 
 def test_a_single_exam_keeps_the_volume_it_drew():
-    c = torch.linspace(-1, 1, 4000).expand(3, -1)
-    drawn = [Drawn(c, (c[0] < -0.5).float())]  # a quarter, at the wrong end: Dice would take the lowest level
-    assert atlas.calibrated_level(ramp(), drawn) == pytest.approx(0.75, abs=0.001)
+    values = torch.linspace(0, 1, 4000)
+    found = [(values, values < 0.25)]  # a quarter, at the wrong end: Dice would take the lowest level
+    assert atlas.calibrated_level(found) == pytest.approx(0.75, abs=0.001)
 
 
 def test_an_exam_on_which_it_is_not_drawn_has_no_say_in_the_level():
-    c = points_in(ramp().box_atlas, 4000, 6)
-    drawn = [Drawn(c, ((c[0] + 1) / 2 > 0.4).float())] * 2
-    nothing = Drawn(points_in(ramp().box_atlas, 9000, 7), torch.zeros(9000))
-    assert atlas.calibrated_level(ramp(), [*drawn, nothing, nothing]) == atlas.calibrated_level(ramp(), drawn)
+    values = torch.rand(4000, generator=torch.Generator().manual_seed(6))
+    found = [(values, values > 0.4)] * 2
+    nothing = torch.rand(9000, generator=torch.Generator().manual_seed(7)), torch.zeros(9000).bool()
+    assert atlas.calibrated_level([*found, nothing, nothing]) == atlas.calibrated_level(found)

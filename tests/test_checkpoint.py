@@ -18,6 +18,7 @@ from deepatlas.checkpoint import Model, load, save, save_structures
 from deepatlas.config import NetworkConfig
 from deepatlas.errors import ModelError, StructureError
 from deepatlas.networks import CoordinateNetwork
+from deepatlas.tissue import BINS, MOST, PARTS
 
 CONFIG = NetworkConfig(size=8, widths=(4, 8), head_channels=6, groups=2)
 
@@ -101,6 +102,23 @@ def test_a_model_without_structures_and_a_library_that_changes(model, folder):
     save_structures(grown, folder)
     assert list(load(folder).structures) == ["larynx"]
     assert (folder / "weights.safetensors").read_bytes() == weights
+
+
+def test_tables_of_hu_come_back_and_older_ones_are_read(model, folder):
+    table = MOST * (2 * torch.rand(PARTS, PARTS, PARTS, BINS, BINS) - 1)
+    save_structures(model.with_structures(replace(a_structure("larynx", 6), tissue=table)), folder)
+    back = load(folder).structures
+    torch.testing.assert_close(back["larynx"].tissue, table, atol=0.01, rtol=0)
+    assert back["食道"].tissue is None
+
+    def older(tensors: dict) -> None:
+        tensors["2.tissue"] = tensors["2.tissue"][0, 1, 2].clone()
+
+    resave(folder, older, STRUCTURES)
+    edit(folder, lambda about: about["structures"][2].update(tissue=True))
+    one = load(folder).structures["larynx"].tissue
+    assert one.shape == table.shape
+    torch.testing.assert_close(one[2, 0, 1], table[0, 1, 2], atol=0.01, rtol=0)
 
 
 def test_the_library_of_a_model(model):
@@ -188,6 +206,7 @@ FAULTS = {
         lambda f: resave(f, lambda t: t.update({"0.mask": t["0.mask"][1:]}), STRUCTURES),
         STRUCTURES,
     ),
+    "HU in other parts": (lambda f: edit(f, lambda a: a["structures"][0].update(tissue=4)), "model.json"),
     "a mask of another type": (
         lambda f: resave(f, lambda t: t.update({"0.mask": t["0.mask"].float()}), STRUCTURES),
         STRUCTURES,

@@ -16,7 +16,7 @@ from deepatlas import grid
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.errors import ExamError, StructureError
 from deepatlas.locate import ABSENT, PRESENT, Found, define, locate, owners_reference
-from deepatlas.tissue import BINS
+from deepatlas.tissue import BINS, PARTS
 from deepatlas.volume import Volume, apply, reorder
 from exact import CENTRE, FRAME, OTHER, RADIUS, balls, blank, dice, exact, scan
 
@@ -262,7 +262,7 @@ def test_hu_are_read_as_the_exam_stores_them(model, kind, order):
     array = np.asarray(hu, dtype=kind, order="C" if order == "strided" else order)
     stored = np.repeat(array, 2, axis=1)[:, ::2] if order == "strided" else array
     ready = defined(model)
-    table = torch.from_numpy(rng.normal(0, 1, (BINS, BINS))).float()
+    table = torch.from_numpy(rng.normal(0, 1, (PARTS, PARTS, PARTS, BINS, BINS))).float()
     ready = ready.with_structures(replace(ready.structures["ball"], tissue=table))
     noisy, seen = Volume(stored, exam.affine), exact(ready, exam)
     found = locate(ready, noisy, embedded=seen)["ball"].mask

@@ -48,8 +48,8 @@ class Structure:
     """A voxel belongs to the structure where the sampled mask exceeds this."""
     exams: int
     """How many labelled exams made it."""
-    tissue: Float[Tensor, "bin bin"] | None = None
-    """How HU move the log odds of the mask (`deepatlas.tissue`); None: not at all."""
+    tissue: Float[Tensor, "part part part bin bin"] | None = None
+    """How HU move the log odds of the mask in each part of its box (`deepatlas.tissue`); None: not at all."""
 
     def renamed(self, name: str) -> "Structure":
         """The same structure under another name."""
@@ -249,23 +249,24 @@ def _negative_laplacian(mask: Tensor) -> Tensor:
     return total
 
 
-def calibrated_level(structure: Structure, drawn: list[Drawn]) -> float:
-    """The level at which the structure has the highest mean Dice over the exams it was drawn on.
+def calibrated_level(found: list[tuple[Float[Tensor, "point"], Bool[Tensor, "point"]]]) -> float:
+    """The level at which a structure has the highest mean Dice over the exams it was drawn on.
 
     With a single exam Dice would only repeat the drawing, and the level is the one that keeps the drawn volume.
+
+    Args:
+        found: for each exam the membership of points in and around the structure, as `deepatlas.locate.locate` finds
+            it, and which of them were drawn.
     """
-    levels = LEVELS
-    scores = torch.zeros(len(levels))
-    for exam in drawn:
-        values = structure.membership(exam.c_atlas[None])[0, 0]
-        inside = exam.inside > 0.5
+    scores = torch.zeros(len(LEVELS))
+    for values, inside in found:
         if not inside.any():
             continue
-        over = values[None] > levels[:, None]
+        over = values[None] > LEVELS[:, None]
         total = over.sum(dim=1) + inside.sum()
-        if len(drawn) == 1:
+        if len(found) == 1:
             scores -= (over.sum(dim=1) - inside.sum()).abs() / inside.sum()
         else:
             scores += 2 * (over & inside).sum(dim=1) / total
     best = (scores >= scores.max() - 1e-9).nonzero()[:, 0]
-    return float(levels[best[len(best) // 2]])
+    return float(LEVELS[best[len(best) // 2]])

@@ -31,7 +31,7 @@ from deepatlas.autoencoder import Autoencoder
 from deepatlas.config import NetworkConfig
 from deepatlas.errors import ModelError, StructureError
 from deepatlas.networks import CoordinateNetwork
-from deepatlas.tissue import BINS, MOST
+from deepatlas.tissue import BINS, MOST, PARTS
 
 FORMAT = "deepatlas-model"
 VERSION = 1
@@ -148,7 +148,7 @@ def _describe(model: Model, folder: Path) -> None:
                 "exams": s.exams,
                 "box_atlas": s.box_atlas.tolist(),
                 "shape": list(s.mask.shape),
-                "tissue": s.tissue is not None,
+                "tissue": PARTS if s.tissue is not None else 0,
             }
             for s in model.structures.values()
         ],
@@ -280,7 +280,7 @@ def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
     for index, entry in enumerate(about):
         shapes |= {f"{index}.mask": tuple(entry["shape"]), f"{index}.known": tuple(entry["shape"])}
         if entry.get("tissue"):
-            shapes[f"{index}.tissue"] = (BINS, BINS)
+            shapes[f"{index}.tissue"] = _tissue_shape(entry["tissue"])
     shapes = shapes or {"none": (1,)}
     tensors = read_tensors(folder / "structures.safetensors", shapes, {"U8"})
     found = {}
@@ -293,9 +293,22 @@ def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
             box_atlas=torch.tensor(entry["box_atlas"], dtype=torch.float32).view(2, 3),
             level=float(entry["level"]),
             exams=int(entry["exams"]),
-            tissue=MOST * (tensors[f"{index}.tissue"].float() / 255 * 2 - 1) if entry.get("tissue") else None,
+            tissue=_tissue(tensors[f"{index}.tissue"]) if entry.get("tissue") else None,
         )
     return found
+
+
+def _tissue_shape(parts: bool | int) -> tuple[int, ...]:
+    """Of the stored tables; older libraries say true, and have one for the whole box."""
+    if parts is True:
+        return BINS, BINS
+    if parts != PARTS:
+        raise ValueError(f"tissue in {parts!r} parts")
+    return PARTS, PARTS, PARTS, BINS, BINS
+
+
+def _tissue(stored: Tensor) -> Tensor:
+    return (MOST * (stored.float() / 255 * 2 - 1)).expand(PARTS, PARTS, PARTS, BINS, BINS).contiguous()
 
 
 def _region(entry: dict) -> Region:

@@ -176,8 +176,24 @@ class _Labelled(NamedTuple):
 
     def tissue(self, structure: Structure) -> Tensor:
         """What the structure and what is next to it looks like here."""
-        near = structure.membership(self.c_atlas[None])[0, 0].numpy() > tissue.NEAR
-        return tissue.counted(self.own[near], self.around[near], self.values[near] == structure.label)
+        near = structure.membership(self.c_atlas[None])[0, 0] > tissue.NEAR
+        parts = tissue.parts_of(structure.to_own_box(self.c_atlas[None, :, near]))[:, 0]
+        near = near.numpy()
+        return tissue.counted(parts, self.own[near], self.around[near], self.values[near] == structure.label)
+
+    def found(self, structure: Structure) -> tuple[Tensor, Tensor]:
+        """The membership of points in its box or drawn, as `locate` finds it, and which of them were drawn.
+
+        A single exam's own HU would speak for its own drawing, so there the mask speaks alone.
+        """
+        inside = torch.from_numpy(self.values == structure.label)
+        own_box = structure.to_own_box(self.c_atlas[None])
+        near = grid.inside(own_box)[0, 0] | inside
+        value = structure.membership(self.c_atlas[None, :, near])
+        if structure.exams > 1:
+            hu = (part[None, near.numpy()] for part in (self.own, self.around))
+            value = tissue.moved(value, structure.tissue, tissue.parts_of(own_box[:, :, near]), *hu)
+        return value[0, 0], inside[near]
 
     def drawn(self, number: int, box_atlas: Tensor | None = None) -> Drawn:
         """The points of one structure, limited to a box of the atlas."""
@@ -211,8 +227,8 @@ def _made(model: Model, name: str, number: int, samples: list[_Labelled]) -> Str
     else:
         mask, known = atlas.least_squares(drawn, box, shape)
     made = Structure(name, number, mask, known, box, 0.5, len(with_it))
-    made = replace(made, level=atlas.calibrated_level(made, drawn))
-    return replace(made, tissue=tissue.log_odds([sample.tissue(made) for sample in with_it]))
+    made = replace(made, tissue=tissue.log_odds([sample.tissue(made) for sample in with_it]))
+    return replace(made, level=atlas.calibrated_level([sample.found(made) for sample in with_it]))
 
 
 def _occupancy(sample: _Labelled, number: int):
@@ -295,7 +311,7 @@ def _claim(
     array = exam.array if exam.array.dtype in (np.int16, np.int32, np.float32) else exam.array.astype(np.float32)
     array = array if array.flags.forc else np.ascontiguousarray(array)
     prepared = torch.from_numpy(np.stack([embedded.prepared.hu, embedded.prepared.foreground]).astype(np.float32))
-    unmoved = torch.zeros(tissue.BINS, tissue.BINS)
+    unmoved = torch.zeros(*(tissue.PARTS,) * 3, tissue.BINS, tissue.BINS)
     kernels_cpu.claim(
         torch.cat([embedded.c_atlas[0], prepared]).numpy(),
         array.ravel(order="K"),
@@ -347,13 +363,15 @@ def owners_reference(structures: list[Structure], embedded: Embedded, exam: Volu
     box = torch.from_numpy((box + offset[:, None, None, None]).astype(np.float32))[None]
     in_view = (box.abs() <= 1 + 2 / (embedded.prepared.size - 1)).all(dim=1, keepdim=True)
     in_view &= grid.sample(embedded.foreground.float(), box) > IN_VIEW
-    around = grid.sample(torch.from_numpy(embedded.prepared.hu)[None, None], box).numpy()
+    around = grid.sample(torch.from_numpy(embedded.prepared.hu)[None, None], box)[:, 0].numpy()
     owner = torch.full(box.shape[2:], -1, dtype=torch.int16)
     height = torch.zeros(box.shape[2:])
     for number, structure in enumerate(structures):
-        value = structure.membership(grid.sample(embedded.c_atlas, box)) * in_view
+        c_atlas = grid.sample(embedded.c_atlas, box)
+        value = structure.membership(c_atlas) * in_view
         if structure.tissue is not None:
-            value = tissue.moved(value, structure.tissue, exam.array[planes][None, None], around)
+            parts = tissue.parts_of(structure.to_own_box(c_atlas))
+            value = tissue.moved(value, structure.tissue, parts, exam.array[planes][None], around)
         score = ((value - structure.level) / (1 - structure.level))[0, 0]
         owner = torch.where(score > height, number, owner)
         height = torch.maximum(score, height)

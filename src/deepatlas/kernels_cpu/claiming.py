@@ -28,6 +28,12 @@ def _within(coordinate, low, high, nodes):
 
 
 @njit(inline="always", fastmath=FAST)
+def _part(coordinate, low, high, parts):
+    """Which of so many parts between ``low`` and ``high`` a coordinate within them lies in."""
+    return min(int((coordinate - low) / (high - low) * type(coordinate)(parts)), parts - 1)
+
+
+@njit(inline="always", fastmath=FAST)
 def bin_of(hu, bins, count):
     """The bin of an HU; the first and the last are open, NaN is in the first."""
     place = (hu - bins[0]) / bins[1]
@@ -58,13 +64,13 @@ def claim(
     """For every voxel of an exam the structure that exceeds its level most, in one pass; −1 where none does.
 
     ``fields`` (5, n, n, n) are the exam's map, its prepared HU and its foreground; ``hu`` is the exam itself, flat,
-    with ``strides`` from voxel to voxel along each axis. ``odds`` (s, bin, bin) multiplies the odds of a mask by what
-    the HU of a voxel and of its surroundings say, in ``bins`` (lowest, width). ``to_box`` (3, 4) and ``to_mm`` lead
-    from voxels there and to the patient. Only voxels within ``±reach`` of the box and with more than ``least_seen`` of
-    foreground are asked for. Structure s is asked for in the block ``regions[s]`` (3, 2) of voxels; its mask lies in
-    ``masks`` from ``starts[s]``, of shape ``shapes[s]``, between the atlas coordinates ``sides[s]`` (2, 3). ``counts``
-    (plane, s) and ``spans`` (plane, s, 3, 3) collect how many voxels each got, and of their places in mm the sum, the
-    lowest and the highest.
+    with ``strides`` from voxel to voxel along each axis. ``odds`` (s, part, part, part, bin, bin) multiplies the odds
+    of a mask by what the HU of a voxel and of its surroundings say in that part of its box, in ``bins`` (lowest,
+    width). ``to_box`` (3, 4) and ``to_mm`` lead from voxels there and to the patient. Only voxels within ``±reach`` of
+    the box and with more than ``least_seen`` of foreground are asked for. Structure s is asked for in the block
+    ``regions[s]`` (3, 2) of voxels; its mask lies in ``masks`` from ``starts[s]``, of shape ``shapes[s]``, between the
+    atlas coordinates ``sides[s]`` (2, 3). ``counts`` (plane, s) and ``spans`` (plane, s, 3, 3)
+    collect how many voxels each got, and of their places in mm the sum, the lowest and the highest.
     """
     kind = fields.dtype.type
     one, half, zero = kind(1), kind(0.5), kind(0)
@@ -113,9 +119,12 @@ def claim(
                     if not value > zero:
                         continue
                     if own < 0:
-                        own = bin_of(kind(hu[i * strides[0] + j * strides[1] + k * strides[2]]), bins, odds.shape[1])
-                        around = bin_of(_trilinear(field[3], 0, grid, ci, cj, ck, fi, fj, fk), bins, odds.shape[1])
-                    favoured = value * odds[s, own, around]
+                        own = bin_of(kind(hu[i * strides[0] + j * strides[1] + k * strides[2]]), bins, odds.shape[4])
+                        around = bin_of(_trilinear(field[3], 0, grid, ci, cj, ck, fi, fj, fk), bins, odds.shape[4])
+                    pi = _part(u, low[0], high[0], odds.shape[1])
+                    pj = _part(v, low[1], high[1], odds.shape[1])
+                    pk = _part(w, low[2], high[2], odds.shape[1])
+                    favoured = value * odds[s, pi, pj, pk, own, around]
                     value = favoured / (favoured + (one - value))
                     score = (value - levels[s]) / (one - levels[s])
                     if score > height:
