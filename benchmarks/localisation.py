@@ -8,16 +8,19 @@ import io
 import json
 import os
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import deepatlas
+from benchmarks import peers
 from deepatlas import dense, orientation, register, report, transforms
 from deepatlas.checkpoint import Model
 from deepatlas.config import FINE
@@ -200,9 +203,13 @@ def _part(name: str, upper: bool) -> list[int]:
     return [middle - reach, int(shown[-1]) + 1] if upper else [int(shown[0]), middle + reach]
 
 
-def pairs(model: Model, refined: bool = False) -> dict:
-    """Mean Dice of the structures both exams show, after the linear and the deformable registration."""
+def pairs(model: Model, refined: bool = False, ants: bool = False) -> dict:
+    """Mean Dice of the structures both exams show, after the linear and the deformable registration, and after that of
+    ANTs where it is asked for."""
     cases = []
+    kinds = ("linear", "deformable", *(["ants"] if ants else []))
+    if ants:
+        peers.require()
     for pair in json.loads(PAIRS.read_text(encoding="utf-8")):
         (fixed, fixed_labels), (moving, moving_labels) = exam_of(pair["fixed"]), exam_of(pair["moving"])
         if pair["fixed_slices"]:
@@ -215,14 +222,17 @@ def pairs(model: Model, refined: bool = False) -> dict:
             fine = tuple(prepare(exam, FINE.size, model.region) for exam in (fixed, moving))
             maps = [refine(model, exam, one) for exam, one in zip((fixed, moving), maps, strict=True)]
         case = dict(pair)
-        for kind, deformable in (("linear", False), ("deformable", True)):
-            there = register.register(*maps, deformable=deformable, fine=fine)
-            laid = transforms.moved(there, fixed, moving_labels, labels=True)
-            shared = [n for n in names().values() if (laid == n).any() or (fixed_labels.array == n).any()]
-            shared = [n for n in shared if (fixed_labels.array == n).any() and (moving_labels.array == n).any()]
-            case[kind] = round(float(np.mean([dice(laid == n, fixed_labels.array == n) for n in shared])), 4)
+        shared = [n for n in names().values() if all((one.array == n).any() for one in (fixed_labels, moving_labels))]
+        laid = {}
+        for kind in ("linear", "deformable"):
+            there = register.register(*maps, deformable=kind == "deformable", fine=fine)
+            laid[kind] = transforms.moved(there, fixed, moving_labels, labels=True)
         case |= {"overlap": round(there.overlap, 3), "folded": round(there.folded, 5), "structures": len(shared)}
         case["seconds"] = round(time.monotonic() - began, 2)
+        if ants:
+            laid["ants"] = _by_ants(fixed, moving, moving_labels)
+        for kind in kinds:
+            case[kind] = round(float(np.mean([dice(laid[kind] == n, fixed_labels.array == n) for n in shared])), 4)
         cases.append(case)
     short = [case for case in cases if case["fixed_slices"]]
     whole = [case for case in cases if not case["fixed_slices"]]
@@ -230,10 +240,20 @@ def pairs(model: Model, refined: bool = False) -> dict:
     def mean(some: list[dict], key: str) -> float:
         return round(float(np.mean([case[key] for case in some])), 4)
 
-    return {
-        key: {"all": mean(cases, key), "whole": mean(whole, key), "short": mean(short, key)}
-        for key in ("linear", "deformable")
-    } | {"folded": mean(cases, "folded"), "cases": cases}
+    return {key: {"all": mean(cases, key), "whole": mean(whole, key), "short": mean(short, key)} for key in kinds} | {
+        "folded": mean(cases, "folded"),
+        "cases": cases,
+    }
+
+
+def _by_ants(fixed: Volume, moving: Volume, labels: Volume) -> np.ndarray:
+    """The moving labels on the fixed grid by ANTs SyN with its own affine."""
+    with tempfile.TemporaryDirectory() as place:
+        paths = []
+        for name, volume in (("moving", moving), ("labels", labels), ("fixed", fixed)):
+            paths.append(Path(place) / f"{name}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image(np.asarray(volume.array, np.float32), volume.affine), paths[-1])
+        return peers.propagate("ants_syn", *paths)[0]
 
 
 # --- confidence -------------------------------------------------------------------------------------------------------
@@ -336,6 +356,7 @@ def main() -> int:
     parser.add_argument("task", choices=(*TASKS, "failures"))
     parser.add_argument("--model", default="head-neck-ct")
     parser.add_argument("--refine", action="store_true", help="for pairs: maps and deformation fitted to the images")
+    parser.add_argument("--ants", action="store_true", help="for pairs: ANTs SyN beside it (`make bench-peers` first)")
     parser.add_argument("--make", action="store_true", help="write the list of cuts or pairs, and stop")
     parser.add_argument("--json", type=Path, help="write all of it here")
     parser.add_argument("--png", type=Path, help="for calibration and failures: write the picture here")
@@ -348,7 +369,7 @@ def main() -> int:
         failures_picture(deepatlas.load(asked.model)).savefig(asked.png, facecolor="black")
         return 0
     torch.manual_seed(0)
-    how = {"refined": True} if asked.refine else {}
+    how = {key: True for key, wanted in (("refined", asked.refine), ("ants", asked.ants)) if wanted}
     found = TASKS[asked.task](deepatlas.load(asked.model), **how)
     for key, value in found.items():
         if key != "cases":

@@ -46,7 +46,7 @@ class Trial(NamedTuple):
 
 def row(name: str) -> Row:
     """Median time of an exam and mean Dice, ours and theirs."""
-    _require()
+    require()
     ours: list[Trial] = []
     theirs: dict[str, list[Trial]] = {method: [] for method in METHODS[name]}
     for exam in EXAMS:
@@ -56,8 +56,11 @@ def row(name: str) -> Row:
     notes = [f"ours Dice {_mean(ours):.3f}"]
     for method, trials in theirs.items():
         stopped = [trial.stood for trial in trials if trial.stood]
+        above = ", ".join(name for name, dice in _by_structure(trials).items() if dice > _by_structure(ours)[name])
         late = f" ({len(stopped)} of {len(trials)} stopped: {', '.join(sorted(set(stopped)))})" if stopped else ""
-        notes.append(f"{method} {_seconds(trials):.2f} s Dice {_mean(trials):.3f}{late}")
+        notes.append(
+            f"{method} {_seconds(trials):.2f} s Dice {_mean(trials):.3f}{late}, above ours in {above or 'none'}"
+        )
     seconds, reference = _seconds(ours), _seconds(theirs[METHODS[name][-1]])
     return Row(name, seconds, reference, reference / seconds, note="; ".join(notes))
 
@@ -66,13 +69,18 @@ def _seconds(trials: list[Trial]) -> float:
     return median(trial.seconds for trial in trials)
 
 
-def _mean(trials: list[Trial]) -> float:
-    """Mean over structures of the mean over exams."""
+def _by_structure(trials: list[Trial]) -> dict[str, float]:
+    """Mean over the exams."""
     names = sorted({name for trial in trials for name in trial.dice})
-    return float(np.mean([np.mean([one.dice[name] for one in trials if name in one.dice]) for name in names]))
+    return {name: float(np.mean([one.dice[name] for one in trials if name in one.dice])) for name in names}
 
 
-def _require() -> None:
+def _mean(trials: list[Trial]) -> float:
+    return float(np.mean(list(_by_structure(trials).values())))
+
+
+def require() -> None:
+    """Raise `Unavailable` where the exams or the peers are not here."""
     if not os.environ.get("DEEPATLAS_DATA"):
         raise Unavailable("needs DEEPATLAS_DATA, the folder that holds openkbp/")
     if not PYTHON.exists():
@@ -131,13 +139,20 @@ def _ours(exam: str, repeats: int = 3) -> Trial:
 
 
 def _theirs(method: str, exam: str) -> Trial:
+    found, seconds, stood = propagate(method, *_paths(SEED), _paths(exam)[0])
+    return Trial(seconds, _dice(exam, found), stood)
+
+
+def propagate(method: str, moving: Path, labels: Path, fixed: Path) -> tuple[np.ndarray, float, str]:
+    """The labels of a moving image on the grid of a fixed one by a peer's registration, the seconds it took, and where
+    it stood if it was stopped."""
     environment = os.environ | {
         "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": THREADS,
         "OMP_NUM_THREADS": THREADS,
         "MKL_NUM_THREADS": THREADS,
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [PYTHON, WORKER, method, *_paths(SEED), _paths(exam)[0], folder]
+        command = [PYTHON, WORKER, method, moving, labels, fixed, folder]
         seconds, stood = LIMIT_S, ""
         try:
             subprocess.run(command, env=environment, timeout=LIMIT_S, check=True, capture_output=True)
@@ -146,4 +161,4 @@ def _theirs(method: str, exam: str) -> Trial:
             stood = subprocess.run(
                 [*command, "--stopped"], env=environment, check=True, capture_output=True, text=True
             ).stdout.splitlines()[-1]
-        return Trial(seconds, _dice(exam, np.load(Path(folder) / "found.npy")), stood)
+        return np.load(Path(folder) / "found.npy"), seconds, stood
