@@ -324,7 +324,7 @@ def calibration_picture(found: dict) -> Figure:
         axes.plot(*xy, "o", ms=3.5, alpha=0.7, color=f"C{number}", label=structure.replace("_", " "))
     axes.plot(*[[one[key] for one in found["bins"]] for key in ("confidence", "dice")], "k-", label="means of fifths")
     axes.set(xlabel="confidence", ylabel="Dice", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(fontsize=7, loc="center left")
+    axes.legend(fontsize=7, loc="lower right")
     return figure
 
 

@@ -15,7 +15,7 @@ import torch
 from deepatlas import grid
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.errors import ExamError, StructureError
-from deepatlas.locate import ABSENT, PRESENT, Found, define, locate, owners_reference
+from deepatlas.locate import ABSENT, PRESENT, Found, Likeness, define, locate, owners_reference
 from deepatlas.tissue import BINS, PARTS
 from deepatlas.volume import Volume, apply, reorder
 from exact import CENTRE, FRAME, OTHER, RADIUS, balls, blank, dice, exact, scan
@@ -212,6 +212,25 @@ def test_where_structures_overlap_a_voxel_belongs_to_one(model):
     shared = alone["one"] & alone["two"]
     nearer = found["two"].mask[shared] == side[shared]
     assert nearer.mean() > 0.6
+
+
+def test_confidence_is_the_dice_that_membership_leads_one_to_expect(model, monkeypatch):
+    """Where the likeness is perfect: of a mask that is 0 or 1 it is 1, of a vague one as much as is counted here."""
+    exam, _ = scan((3.0, 3.0, 4.0))
+    ready = defined(model)
+    monkeypatch.setattr(Likeness, "around", lambda *_: 1.0)
+    for sharp in (False, True):
+        mask = ready.structures["ball"].mask
+        one = replace(ready.structures["ball"], mask=(mask > 0.4).float() if sharp else mask, tissue=None, level=0.4)
+        seen = exact(ready, exam)
+        found = locate(ready.with_structures(one), exam, embedded=seen)["ball"]
+        index = np.stack(np.indices(exam.shape), axis=-1).reshape(-1, 3)
+        box = apply(np.linalg.inv(seen.prepared.box_to_mm) @ exam.affine, index).T[None].astype(np.float32)
+        member = one.membership(grid.sample(seen.c_atlas, torch.from_numpy(box)))[0, 0].numpy()
+        own = found.mask.ravel()
+        expected = 2 * member[own].sum() / (own.sum() + member[member > 0.05].sum())
+        assert found.confidence == pytest.approx(expected, abs=2e-3)
+        assert found.confidence > 0.85 if sharp else found.confidence < 0.85
 
 
 def test_confidence_falls_where_the_exam_does_not_look_like_the_atlas(model):

@@ -69,7 +69,8 @@ class Found:
     coverage: float
     """Share of the structure's atlas mask whose place lies in the scan."""
     confidence: float | None
-    """0 ... 1, from the likeness of the aligned atlas and the exam around the structure, and the map's regularity."""
+    """0 ... 1, the lesser of the Dice that the mask's membership leads one to expect, and the likeness of the aligned
+    atlas and the exam around it (0 where the map folds)."""
     volume_ml: float | None
     centroid_mm: tuple[float, float, float] | None
     box_mm: tuple[tuple[float, float, float], tuple[float, float, float]] | None
@@ -82,7 +83,7 @@ class Found:
 
     @property
     def unsure(self) -> bool:
-        """It was found, but there the exam looks little like the atlas."""
+        """It was found, but with little confidence."""
         return self.confidence is not None and self.confidence < LOW_CONFIDENCE
 
     def without_mask(self) -> "Found":
@@ -264,12 +265,8 @@ def locate(
     known = alike.of_exam() >= model.familiar
     coverages = [reached if known else 0.0 for reached in _coverages(wanted, embedded)]
     # an exam unlike any that was learned has coordinates without meaning
-    owner, counts, spans = _claim(wanted, coverages, embedded, exam)
-    found = {}
-    for number, structure in enumerate(wanted):
-        place = (owner, number, int(counts[number]), spans[number]) if counts[number] else None
-        found[structure.name] = _found(structure, coverages[number], place, exam, alike)
-    return found
+    claims = _claim(wanted, coverages, embedded, exam)
+    return {one.name: _found(one, n, coverages[n], claims, exam, alike) for n, one in enumerate(wanted)}
 
 
 def _coverages(structures: list[Structure], embedded: Embedded) -> list[float]:
@@ -287,15 +284,26 @@ IN_VIEW = 0.25
 """Share of foreground from which a voxel counts as in the patient."""
 
 
-def _claim(
-    wanted: list[Structure], coverages: list[float], embedded: Embedded, exam: Volume
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every voxel the structure that claims it most, from one pass over the blocks that structures can lie in.
+class _Claims(NamedTuple):
+    """What each of some structures got of an exam."""
 
-    Returns:
-        The owner of every voxel (-1: none), the voxels of each structure, and of their places in mm the sum, the
-        lowest and the highest: (structure, axis, 3).
-    """
+    owner: np.ndarray
+    """The structure of every voxel, −1 for none."""
+    counts: np.ndarray
+    """Voxels of each structure."""
+    sums: np.ndarray
+    """(structure, 2): membership of all voxels in and next to it, and of its own."""
+    spans: np.ndarray
+    """(structure, axis, 3): of the places of its voxels in mm the sum, the lowest and the highest."""
+
+    def expected_dice(self, number: int) -> float:
+        """Dice of a mask if its membership is right: ``2 Σ_mask p / (|mask| + Σ p)``."""
+        everywhere, own = self.sums[number]
+        return float(2 * own / (self.counts[number] + everywhere))
+
+
+def _claim(wanted: list[Structure], coverages: list[float], embedded: Embedded, exam: Volume) -> _Claims:
+    """For every voxel the structure that claims it most, from one pass over the blocks that structures can lie in."""
     to_box = np.linalg.inv(embedded.prepared.box_to_mm) @ exam.affine
     nothing = np.zeros((3, 2), dtype=np.int64)
     regions = [
@@ -304,9 +312,10 @@ def _claim(
     ]
     owner = np.full(exam.shape, -1, dtype=np.int16)
     counts = np.zeros((exam.shape[0], len(wanted)), dtype=np.int64)
+    sums = np.zeros((*counts.shape, 2))
     spans = np.tile([0.0, np.inf, -np.inf], (*counts.shape, 3, 1))
     if not wanted:
-        return owner, counts.sum(axis=0), spans.sum(axis=0)
+        return _Claims(owner, counts.sum(axis=0), sums.sum(axis=0), spans.sum(axis=0))
     sizes = [structure.mask.numel() for structure in wanted]
     array = exam.array if exam.array.dtype in (np.int16, np.int32, np.float32) else exam.array.astype(np.float32)
     array = array if array.flags.forc else np.ascontiguousarray(array)
@@ -328,12 +337,14 @@ def _claim(
         np.array([structure.level for structure in wanted], dtype=np.float32),
         torch.stack([unmoved if one.tissue is None else one.tissue for one in wanted]).exp().numpy(),
         np.array([tissue.LOWEST, tissue.WIDTH], dtype=np.float32),
+        np.float32(tissue.NEAR),
         owner,
         counts,
+        sums,
         spans,
     )
     together = np.stack([spans[..., 0].sum(axis=0), spans[..., 1].min(axis=0), spans[..., 2].max(axis=0)], axis=-1)
-    return owner, counts.sum(axis=0), together
+    return _Claims(owner, counts.sum(axis=0), sums.sum(axis=0), together)
 
 
 def _region(structure: Structure, embedded: Embedded, to_box: np.ndarray, shape) -> np.ndarray:
@@ -378,19 +389,21 @@ def owners_reference(structures: list[Structure], embedded: Embedded, exam: Volu
     return owner.numpy()
 
 
-def _found(structure: Structure, coverage: float, place, exam: Volume, alike: "Likeness") -> Found:
-    if place is None:
+def _found(
+    structure: Structure, number: int, coverage: float, claims: _Claims, exam: Volume, alike: "Likeness"
+) -> Found:
+    count = int(claims.counts[number])
+    if not count:
         return Found(structure.name, structure.label, "absent", coverage, None, None, None, None, None, -1)
-    owner, number, count, span = place
     return Found(
         name=structure.name,
         label=structure.label,
         status="present" if coverage >= PRESENT else "cut_off",
         coverage=coverage,
-        confidence=_confidence(structure, alike),
-        owner=owner,
+        confidence=min(claims.expected_dice(number), alike.around(structure)),
+        owner=claims.owner,
         number=number,
-        **extent(count, span, exam),
+        **extent(count, claims.spans[number], exam),
     )
 
 
@@ -438,6 +451,12 @@ class Likeness(NamedTuple):
         """Mean over the patient."""
         return float((self.local * self.foreground).sum() / self.foreground.sum().clamp_min(1))
 
+    def around(self, structure: Structure) -> float:
+        """Mean in and next to a structure."""
+        member = (structure.membership(self.c_atlas) > 0.5 * structure.level).float()
+        weight = F.max_pool3d(member, 3, 1, 1) * self.foreground
+        return float((self.local * weight).sum() / weight.sum().clamp_min(1))
+
 
 def likeness_of(model: Model, embedded: Embedded) -> Likeness:
     """How well an exam looks like the atlas aligned to it by its map."""
@@ -447,10 +466,3 @@ def likeness_of(model: Model, embedded: Embedded) -> Likeness:
     local = likeness(c_atlas, image, model.atlas, model.autoencoder)
     foreground = grid.resize(embedded.foreground.float(), shape)
     return Likeness(c_atlas, local, foreground)
-
-
-def _confidence(structure: Structure, alike: Likeness) -> float:
-    """Mean likeness in and next to the structure."""
-    member = (structure.membership(alike.c_atlas) > 0.5 * structure.level).float()
-    weight = F.max_pool3d(member, 3, 1, 1) * alike.foreground
-    return float((alike.local * weight).sum() / weight.sum().clamp_min(1))

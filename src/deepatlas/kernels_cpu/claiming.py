@@ -57,8 +57,10 @@ def claim(
     levels,
     odds,
     bins,
+    near_least,
     owner,
     counts,
+    sums,
     spans,
 ):
     """For every voxel of an exam the structure that exceeds its level most, in one pass; −1 where none does.
@@ -70,7 +72,8 @@ def claim(
     the box and with more than ``least_seen`` of foreground are asked for. Structure s is asked for in the block
     ``regions[s]`` (3, 2) of voxels; its mask lies in ``masks`` from ``starts[s]``, of shape ``shapes[s]``, between the
     atlas coordinates ``sides[s]`` (2, 3). ``counts`` (plane, s) and ``spans`` (plane, s, 3, 3)
-    collect how many voxels each got, and of their places in mm the sum, the lowest and the highest.
+    collect how many voxels each got, and of their places in mm the sum, the lowest and the highest; ``sums`` (plane, s,
+    2) the membership of all voxels whose mask is above ``near_least``, and of those that it got.
     """
     kind = fields.dtype.type
     one, half, zero = kind(1), kind(0.5), kind(0)
@@ -102,7 +105,7 @@ def claim(
                 u = _trilinear(field[0], 0, grid, ci, cj, ck, fi, fj, fk)
                 v = _trilinear(field[1], 0, grid, ci, cj, ck, fi, fj, fk)
                 w = _trilinear(field[2], 0, grid, ci, cj, ck, fi, fj, fk)
-                winner, height = -1, zero
+                winner, height, member = -1, zero, zero
                 own, around = -1, -1
                 for n in range(count):
                     s = near[n]
@@ -125,14 +128,18 @@ def claim(
                     pj = _part(v, low[1], high[1], odds.shape[1])
                     pk = _part(w, low[2], high[2], odds.shape[1])
                     favoured = value * odds[s, pi, pj, pk, own, around]
+                    near_enough = value > near_least
                     value = favoured / (favoured + (one - value))
+                    if near_enough:
+                        sums[i, s, 0] += value
                     score = (value - levels[s]) / (one - levels[s])
                     if score > height:
-                        winner, height = s, score
+                        winner, height, member = s, score, value
                 if winner < 0:
                     continue
                 owner[i, j, k] = winner
                 counts[i, winner] += 1
+                sums[i, winner, 1] += member
                 for axis in range(3):
                     mm = to_mm[axis, 0] * i + to_mm[axis, 1] * j + to_mm[axis, 2] * k + to_mm[axis, 3]
                     span = spans[i, winner, axis]
