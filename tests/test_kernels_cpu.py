@@ -75,7 +75,7 @@ def test_a_result_is_nobodys_memory_while_it_or_a_view_of_it_is_held():
 
 
 def test_parts_give_every_thread_work_and_no_more(monkeypatch):
-    for threads, batch, parts in ((1, 1, 1), (1, 8, 1), (2, 1, 2), (4, 2, 2), (6, 4, 1), (64, 1, 8), (64, 3, 2)):
+    for threads, batch, parts in ((1, 1, 1), (1, 8, 1), (2, 1, 2), (4, 2, 2), (6, 4, 1), (64, 1, 16), (64, 3, 5)):
         monkeypatch.setattr(numba, "get_num_threads", lambda threads=threads: threads)
         assert kernels_cpu.parts_for(batch, 10**5) == parts
         assert kernels_cpu.parts_for(batch, 10) == 1

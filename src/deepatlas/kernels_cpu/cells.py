@@ -10,10 +10,13 @@ FAST = {"contract"}  # nothing that assumes away NaN or infinity, nothing that m
 CHUNK = 512
 """Points that one task takes at a time."""
 
+MOST_PARTS = 16
+"""Of the points of an exam: each part has rows of its own, of which it touches the planes that its points lie in."""
+
 
 def parts_for(batch: int, points: int) -> int:
     """In how many parts the points of an exam are taken so that every thread has work of its own."""
-    return max(1, min(min(8, numba.get_num_threads()) // batch, points // CHUNK))
+    return max(1, min(min(MOST_PARTS, numba.get_num_threads()) // batch, points // CHUNK))
 
 
 def turns(batch: int) -> Iterator[slice]:
