@@ -9,19 +9,18 @@ structures. What was trained stays in the work folder, and a run that was stoppe
 import argparse
 import json
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.localisation import faulty, folder, names
+from benchmarks.regseg import tell
 from deepatlas import checkpoint, store
 from deepatlas.config import CPU, FINE, ConsolidationStage, Fitting, LevelStage, Preset
 from deepatlas.files import exam_name, find_exams, read_exam, read_labels
 from deepatlas.library import define_files, without_faults
 from deepatlas.locate import locate
-from deepatlas.loop import Progress
 from deepatlas.metrics import dice, paired_difference
 from deepatlas.pretrain import pretrain
 
@@ -63,20 +62,9 @@ def trained(out: Path, cohort: Path, preset: Preset, start_from: Path | None = N
     """A training, once; one that was stopped goes on."""
     if not (out / "done").exists():
         resume = (out / "training" / "state.json").exists()
-        pretrain(cohort, out, preset, start_from=start_from, resume=resume, on_progress=_tell(out.name))
+        pretrain(cohort, out, preset, start_from=start_from, resume=resume, on_progress=tell(out.name))
         (out / "done").touch()
     return checkpoint.load(out)
-
-
-def _tell(name: str):
-    spoken = [0.0]
-
-    def line(at: Progress) -> None:
-        if time.monotonic() - spoken[0] > 60:
-            spoken[0] = time.monotonic()
-            print(f"{name} {at.stage} {at.step}/{at.steps}: {at.seconds_left:.0f} s left", flush=True)
-
-    return line
 
 
 def scores(model: checkpoint.Model, images: Path, labels: Path) -> dict[str, dict[str, float]]:

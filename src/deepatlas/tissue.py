@@ -2,8 +2,9 @@
 
 A mask in the atlas knows where a structure lies and nothing of the exam at hand. The HU of a voxel, and of its
 surroundings (the prepared exam, whose voxels are means over some millimetres), move the odds of the mask: bone leaves
-the tongue to the tongue, air leaves the cord. It comes from the labelled exams that made the mask, by counting, the
-same way for every structure. Not in the paper.
+the tongue to the tongue, air leaves the cord. What lies next to a structure differs from side to side (bone behind an
+esophagus, air before it), so the box of its mask is split in thirds along each axis, each with its own table. They come
+from the labelled exams that made the mask, by counting, the same way for every structure. Not in the paper.
 
 Source: ours; the product of a spatial prior and a tissue likelihood, as in unified segmentation.
 """
@@ -33,7 +34,7 @@ RARE = 1e-4
 """Added to the share of every pair of bins, so that what was hardly seen says little."""
 
 LENT = 30.0
-"""The counts of the whole box count as so many exams in each part, so that a single exam has next to one table."""
+"""Each part borrows so many exams' worth of the whole box's counts: from one exam, all parts say nearly the same."""
 
 
 def bins_of(hu: np.ndarray) -> np.ndarray:
