@@ -59,12 +59,3 @@ def find_cells(points, b, start, stop, shape, node, offset):
             lower = min(np.int32(x), highest)
             offset[axis, n - start] = x - kind(lower)
             node[n - start] = lower * stride + (node[n - start] if axis else np.int32(0))
-
-
-@njit(inline="always")
-def planes_met(node, count, plane, last):
-    """The first and one past the last plane along the first axis that some cells have corners in."""
-    low, high = node[0], node[0]
-    for m in range(count):
-        low, high = min(low, node[m]), max(high, node[m])
-    return low // plane, min(high // plane + 1, last) + 1

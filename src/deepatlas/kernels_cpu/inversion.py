@@ -6,8 +6,8 @@ Places are indices here, 0 ... last along each axis, so that steps and residuals
 import numpy as np
 from numba import njit, prange
 
-from deepatlas.kernels_cpu.cells import CHUNK, FAST, cell, find_cells, held, parts_for, planes_met, strides_of, turns
-from deepatlas.kernels_cpu.lanes import LANES, buffers_of, fill, first, lane, load_pair, pack, rows_of, second, unpack
+from deepatlas.kernels_cpu.cells import CHUNK, FAST, cell, find_cells, held, parts_for, strides_of, turns
+from deepatlas.kernels_cpu.lanes import LANES, buffers_of, first, lane, load_pair, meet, pack, rows_of, second, unpack
 from deepatlas.kernels_cpu.memory import result_array
 from deepatlas.kernels_cpu.sampling import push
 
@@ -157,19 +157,14 @@ def _invert_backward(field, shape, points, active, forward, floor, grad, grad_ta
     length = (count + parts - 1) // parts
     for task in prange(points.shape[0] * parts):
         b, part = task // parts, task % parts
-        mine, stored, sums = met[part, b], rows[part, b], buffers[part, b]
+        stored, sums = rows[part, b], buffers[part, b]
         f, mean, least = stored[0], forward[b], floor[b] / volume
         node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
         pushed = np.zeros((CHUNK, LANES), rows.dtype)
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
             find_cells(points, b, start, stop, shape, node, offset)
-            first_plane, past = planes_met(node, stop - start, plane, shape[0] - 1)
-            for p in range(first_plane, past):
-                if not mine[p]:
-                    mine[p] = True
-                    fill(stored, field[b], p * plane, (p + 1) * plane)
-                    sums[:, p * plane : (p + 1) * plane] = 0
+            meet(met[part, b], node, stop - start, plane, field[b], stored, sums, True, True)
             for n in range(start, stop):
                 m = n - start
                 if not active[b, n]:

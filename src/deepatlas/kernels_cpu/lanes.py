@@ -254,6 +254,24 @@ def _(rows, field, start, stop):
 _BLOCK = 4096
 
 
+@njit(inline="always")
+def meet(met, node, count, plane, field, rows, sums, want_rows, want_sums):
+    """Pack the planes that some cells have corners in into rows, and set their sums to zero, where no cell was before.
+
+    ``met`` (plane,) notes which they are; ``node`` holds the lowest corners of ``count`` cells, ``plane`` nodes a plane.
+    """
+    low, high = node[0], node[0]
+    for m in range(count):
+        low, high = min(low, node[m]), max(high, node[m])
+    for p in range(low // plane, min(high // plane + 2, len(met))):
+        if not met[p]:
+            met[p] = True
+            if want_rows:
+                fill(rows, field, p * plane, (p + 1) * plane)
+            if want_sums:
+                sums[:, p * plane : (p + 1) * plane] = 0
+
+
 def rows_of(parts: int, field: np.ndarray) -> np.ndarray:
     """Memory to `fill` with a field (batch, channel, node), once for each part: (part, batch, group, node, 4). A single
     channel stays what it is: (1, batch, 1, node). Valid until this thread asks again."""

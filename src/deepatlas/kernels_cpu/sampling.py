@@ -3,13 +3,13 @@
 import numpy as np
 from numba import njit, prange
 
-from deepatlas.kernels_cpu.cells import CHUNK, FAST, find_cells, parts_for, planes_met, strides_of, turns
+from deepatlas.kernels_cpu.cells import CHUNK, FAST, find_cells, parts_for, strides_of, turns
 from deepatlas.kernels_cpu.lanes import (
     buffers_of,
-    fill,
     first,
     load,
     load_pair,
+    meet,
     rows_of,
     second,
     store,
@@ -75,18 +75,14 @@ def _sample(field, shape, points, rows, met, out):
     length = (count + parts - 1) // parts
     for task in prange(points.shape[0] * parts):
         b, part = task // parts, task % parts
-        mine, stored = met[part, b], rows[part % len(rows), b]
+        stored = rows[part % len(rows), b]
         node, offset = np.empty(CHUNK, np.int32), np.empty((3, CHUNK), rows.dtype)
         values = np.empty((CHUNK,) + rows.shape[4:], rows.dtype)  # noqa: RUF005 (Numba)
         lanes = values.reshape(CHUNK, -1)
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
             find_cells(points, b, start, stop, shape, node, offset)
-            first_plane, past = planes_met(node, stop - start, plane, shape[0] - 1)
-            for p in range(first_plane, past):
-                if not mine[p]:
-                    mine[p] = True
-                    fill(stored, field[b], p * plane, (p + 1) * plane)
+            meet(met[part, b], node, stop - start, plane, field[b], stored, stored, True, False)
             for group in range(len(stored)):
                 f = stored[group]
                 for m in range(stop - start):
@@ -110,7 +106,7 @@ def _sample_backward(field, shape, points, grad, grad_points, rows, buffers, met
     length = (count + parts - 1) // parts
     for task in prange(points.shape[0] * parts):
         b, part = task // parts, task % parts
-        mine, stored, sums = met[part, b], rows[part % len(rows), b], buffers[part, b]
+        stored, sums = rows[part % len(rows), b], buffers[part, b]
         node, offset = np.empty(CHUNK, np.int32), np.zeros((3, CHUNK), rows.dtype)
         pushed = np.zeros((CHUNK,) + rows.shape[4:], rows.dtype)  # noqa: RUF005 (Numba)
         lanes = pushed.reshape(CHUNK, -1)
@@ -118,14 +114,7 @@ def _sample_backward(field, shape, points, grad, grad_points, rows, buffers, met
         for start in range(part * length, min((part + 1) * length, count), CHUNK):
             stop = min(start + CHUNK, (part + 1) * length, count)
             find_cells(points, b, start, stop, shape, node, offset)
-            first_plane, past = planes_met(node, stop - start, plane, shape[0] - 1)
-            for p in range(first_plane, past):
-                if not mine[p]:
-                    mine[p] = True
-                    if want_points:
-                        fill(stored, field[b], p * plane, (p + 1) * plane)
-                    if want_field:
-                        sums[:, p * plane : (p + 1) * plane] = 0
+            meet(met[part, b], node, stop - start, plane, field[b], stored, sums, want_points, want_field)
             for group in range(len(stored)):
                 for place in range(min(lanes.shape[1], grad.shape[1] - group * lanes.shape[1])):
                     for m in range(stop - start):
