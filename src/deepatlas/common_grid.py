@@ -49,10 +49,14 @@ class Frame:
         matrix[:3, 3] = start + step * np.array(nodes)
         return ras.affine @ matrix
 
-    def points_mm(self, volume: Volume, nodes: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
-        """Places of the grid's nodes in an image, (i, j, k, 3) mm."""
+    def points_mm(self, volume: Volume, to_mm: np.ndarray | None = None) -> np.ndarray:
+        """Places of the grid's nodes in an image, (i, j, k, 3) mm.
+
+        Args:
+            to_mm: where the grid lies in it, `to_mm` by default.
+        """
         index = np.stack([*np.indices(self.shape), np.ones(self.shape)], axis=-1)
-        return (index @ self.to_mm(volume, nodes).T)[..., :3]
+        return (index @ (self.to_mm(volume) if to_mm is None else to_mm).T)[..., :3]
 
 
 def frame_for(volumes: list[Volume], spacing_mm: float | None = None, scaling: str = "percentile") -> Frame:
@@ -101,8 +105,12 @@ class Placed(NamedTuple):
     """Where the image reaches, boolean (i, j, k): its edge is no anatomy."""
 
 
-def placed(volume: Volume, frame: Frame, nodes: tuple[int, int, int] = (0, 0, 0)) -> Placed:
-    """An image on the grid; 0 beyond its edges."""
+def placed(volume: Volume, frame: Frame, to_mm: np.ndarray | None = None) -> Placed:
+    """An image on the grid; 0 beyond its edges.
+
+    Args:
+        to_mm: index of the grid → mm of the image, `Frame.to_mm` by default.
+    """
     values = np.asarray(volume.array, np.float32)
     low, high = limits_of(frame.scaling, values)
     coarser = np.array(frame.spacing_mm) / to_ras(volume).spacing_mm.clip(1e-6)
@@ -110,7 +118,7 @@ def placed(volume: Volume, frame: Frame, nodes: tuple[int, int, int] = (0, 0, 0)
     if coarser.max() > 1.2:  # what the grid cannot hold must not alias
         ras = to_ras(smooth)
         smooth = Volume(ndimage.gaussian_filter(ras.array, 0.4 * np.where(coarser > 1.2, coarser, 0)), ras.affine)
-    found = sample_mm(smooth, frame.points_mm(volume, nodes), outside=np.nan)
+    found = sample_mm(smooth, frame.points_mm(volume, to_mm), outside=np.nan)
     inside = np.isfinite(found)
     return Placed(np.where(inside, np.clip((found - low) / (high - low), 0, 1), 0).astype(np.float32), inside)
 
@@ -137,23 +145,31 @@ class Cases(NamedTuple):
         return Cases(names, self.image[cases], self.inside[cases], self.labels[cases], has[cases], self.classes)
 
 
-def cases_of(volumes: dict[str, Volume], labels: dict[str, Volume], frame: Frame, numbers: tuple[int, ...]) -> Cases:
+def cases_of(
+    volumes: dict[str, Volume],
+    labels: dict[str, Volume],
+    frame: Frame,
+    numbers: tuple[int, ...],
+    to_mm: dict[str, np.ndarray] | None = None,
+) -> Cases:
     """Images (by name) and the label maps that exist on one grid.
 
     Args:
         numbers: number of each class in the label maps, in the order of the network's answers.
+        to_mm: index of the grid → mm of each image, `Frame.to_mm` by default.
 
     Raises:
         LabelError: a label map holds none of the numbers.
     """
     images, insides, maps = [], [], []
     for name, volume in volumes.items():
-        image, inside = placed(volume, frame)
+        where = frame.to_mm(volume) if to_mm is None else to_mm[name]
+        image, inside = placed(volume, frame, where)
         images.append(image)
         insides.append(inside)
         drawn = np.zeros(frame.shape, np.uint8)
         if name in labels:
-            found = sample_mm(labels[name], frame.points_mm(volume), order="nearest", outside=0)
+            found = sample_mm(labels[name], frame.points_mm(volume, where), order="nearest", outside=0)
             for number, value in enumerate(numbers, start=1):
                 drawn[found == value] = number
             if not drawn.any():

@@ -198,7 +198,7 @@ class RegSeg:
     (`docs/recipes.md`).
     """
 
-    registration: int = 400
+    registration: int = 1200
     """Steps of the registration network alone, without labels."""
     segmentation: int = 300
     """Steps of the segmentation network alone, on the labelled images."""
@@ -208,17 +208,23 @@ class RegSeg:
     """Steps of the registration network with the segmentation held."""
     joint: int = 300
     """Registration steps of the alternation."""
-    ratio: int = 10
+    ratio: int = 2
     """Registration steps for one of segmentation."""
     batch: int = 2
-    rate: float = 1e-3
+    rate: float = 2e-3
+    warm_up: int = 50
+    """Steps over which the rate of a stage rises."""
+    clip: float = 0.5
+    """Largest norm of a step's gradient: without it the registration falls back to the identity at this rate."""
+    passes: int = 3
+    """Times the registration network looks at a pair."""
     window: int | None = None
     """Voxels along the windows of the correlation; None: one over the whole image, as in the paper."""
-    bending: float = 0.6
+    bending: float = 0.5
     """λ_r, of the bending energy in voxels."""
     anatomy: float = 3.0
     """λ_a of the registration step."""
-    carried: float = 0.1
+    carried: float = 0.3
     """λ_a of the segmentation step: labels that a registration carried are less true than those drawn."""
     supervised: float = 3.0
     """λ_sp."""

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,8 @@ from jaxtyping import Float
 from scipy import ndimage
 from torch import Generator, Tensor, nn
 
-from deepatlas import augment, checkpoint, grid, losses
+from deepatlas import atlas_grid, augment, checkpoint, grid, losses
+from deepatlas.atlas_grid import AtlasGrid
 from deepatlas.common_grid import HALVINGS, Cases, Frame, Template, placed
 from deepatlas.config import RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
@@ -57,6 +59,10 @@ from deepatlas.volume import Volume
 
 FORMAT = "deepatlas-regseg"
 VERSION = 1
+MAP = "map"
+"""Folder of the coordinate map within a model folder."""
+LAID = {NoneType: "middle", Template: "template", AtlasGrid: "atlas"}
+"""How `model.json` calls what images are laid onto."""
 
 
 # ── the two networks ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -65,32 +71,45 @@ VERSION = 1
 class RegistrationNetwork(nn.Module):
     """(moving, target) → displacement u in voxels, on the target's grid: ``I_m ∘ (id + u) ≈ I_t``.
 
-    A light U-Net: encoder 16-32-32-32-32, all but the first with stride 2; decoder 32-32-32-8-8; 3³ to 3 channels.
-    It begins as the identity.
+    A light U-Net: encoder 16-32-32-32-32 with stride 2; decoder 32-32-32-8-8, the last at full size; 3³ to 3 channels.
+    It looks ``passes`` times, each time at the moving image as it lies by then, and adds what still lacks:
+    ``id + u ← (id + u) ∘ (id + v)`` (the paper: once). It begins as the identity.
     """
 
-    def __init__(self, encoder: tuple[int, ...] = (16, 32, 32, 32, 32), decoder: tuple[int, ...] = (32, 32, 32, 8, 8)):
+    def __init__(
+        self,
+        passes: int = 3,
+        encoder: tuple[int, ...] = (16, 32, 32, 32, 32),
+        decoder: tuple[int, ...] = (32, 32, 32, 8, 8),
+    ) -> None:
         super().__init__()
+        self.passes = passes
         down = zip((2, *encoder), encoder, strict=False)
-        self.encoder = nn.ModuleList(nn.Conv3d(a, b, 3, 2 if n else 1, 1) for n, (a, b) in enumerate(down))
-        skips = (*encoder[-2::-1], 0)
-        up = zip((encoder[-1], *decoder), skips, decoder, strict=False)
+        self.encoder = nn.ModuleList(nn.Conv3d(a, b, 3, 2, 1) for a, b in down)
+        up = zip((encoder[-1], *decoder), (*encoder[-2::-1], 2), decoder, strict=False)
         self.decoder = nn.ModuleList(nn.Conv3d(a + skip, b, 3, 1, 1) for a, skip, b in up)
         self.last = nn.Conv3d(decoder[-1], 3, 3, 1, 1)
         nn.init.normal_(self.last.weight, std=1e-5)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, moving: Image, target: Image) -> Coordinates:
-        """Images are 0 ... 1; sizes are multiples of 2⁴."""
+        """Images are 0 ... 1."""
+        shift = self._look(moving, target)
+        for _ in range(self.passes - 1):
+            more = self._look(grid.sample(moving, phi_box(shift)), target)
+            shift = more + grid.sample(shift, phi_box(more))
+        return shift
+
+    def _look(self, moving: Image, target: Image) -> Coordinates:
+        """One pass of the U-Net."""
         x = channels_last(torch.cat([moving, target], dim=1))
         skips = []
         for convolution in self.encoder:
-            x = F.leaky_relu(convolution(x), LEAK)
             skips.append(x)
-        x = skips.pop()
+            x = F.leaky_relu(convolution(x), LEAK)
         for convolution in self.decoder:
-            if skips:
-                x = torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skips.pop()], dim=1)
+            skip = skips.pop()
+            x = torch.cat([F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip], dim=1)
             x = F.leaky_relu(convolution(x), LEAK)
         return channels_first(self.last(x))
 
@@ -116,11 +135,11 @@ class Networks(NamedTuple):
     segmentation: SegmentationNetwork
 
 
-def networks_for(classes: int, seed: int = 0) -> Networks:
+def networks_for(classes: int, seed: int = 0, passes: int = 3) -> Networks:
     """Two fresh networks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Networks(RegistrationNetwork(), SegmentationNetwork(classes))
+        return Networks(RegistrationNetwork(passes), SegmentationNetwork(classes))
 
 
 def phi_box(shift_voxels: Coordinates) -> Coordinates:
@@ -221,15 +240,22 @@ class Model:
     classes: dict[str, int]
     """Name of each class → its number in label maps, in the order of the network's answers."""
     name: str = "regseg"
-    template: Template | None = None
-    """What images are laid onto; None: middle on middle."""
+    laid: Template | AtlasGrid | None = None
+    """What images are laid onto: a mean of images by whole nodes, a region of an atlas by an affine map; None: middle
+    on middle."""
 
-    def place(self, volume: Volume) -> tuple[int, int, int]:
-        """How far the grid is moved from the middle of an image, in nodes."""
-        if self.template is None:
-            return 0, 0, 0
+    def to_mm(self, volume: Volume) -> np.ndarray:
+        """Index of the grid → mm of an image, (4, 4).
+
+        Raises:
+            ExamError: it does not show the region that the networks were trained on.
+        """
+        if isinstance(self.laid, AtlasGrid):
+            return self.laid.to_mm(volume, self.frame)
+        if self.laid is None:
+            return self.frame.to_mm(volume)
         image, inside = (torch.from_numpy(part)[None, None] for part in placed(volume, self.frame))
-        return self.template.nodes(image, inside)
+        return self.frame.to_mm(volume, self.laid.nodes(image, inside))
 
 
 def schedule(cases: Cases, settings: RegSeg) -> RegSeg:
@@ -249,7 +275,7 @@ def train(
     start: Networks | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
-    template: Template | None = None,
+    laid: Template | AtlasGrid | None = None,
 ) -> Model:
     """Train both networks by the stages of the settings, one after the other; those of 0 steps are left out.
 
@@ -257,7 +283,7 @@ def train(
         out: model folder; ``training/`` in it holds the log and the state to resume from. None: nothing is written.
         start: networks to go on from; they are left as they are.
         resume: continue a training that was stopped, to the bit with the same number of threads.
-        template: what the cases were laid onto; the model keeps it.
+        laid: what the cases were laid onto; the model keeps it.
 
     Raises:
         LabelError: a stage needs labels and there are none.
@@ -288,13 +314,12 @@ def train(
             if not begin:
                 run.enter()
             for step in range(begin, steps):
-                for group in run.optimisers:
-                    group.param_groups[0]["lr"] = settings.rate * _decay(step / steps)
+                run.set_rate(settings.rate * min(1.0, (step + 1) / settings.warm_up) * _decay(step / steps))
                 report.step(number, step, name, steps, step_of(number, step))
                 if folder is not None and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
                     run.save(folder, about, number, step + 1)
                     saved = time.monotonic()
-    model = Model(Networks(*(network.eval() for network in run.networks)), frame, classes, template=template)
+    model = Model(Networks(*(network.eval() for network in run.networks)), frame, classes, laid=laid)
     if out is not None:
         save(model, out)
         run.save(folder, about, len(stages), 0)
@@ -312,6 +337,7 @@ class Run:
     def __init__(self, cases: Cases, settings: RegSeg, start: Networks | None) -> None:
         self.cases, self.settings = cases, settings
         self.networks = copy.deepcopy(start) if start else networks_for(cases.classes, settings.seed)
+        self.networks.registration.passes = settings.passes
         for network in self.networks:
             network.to(memory_format=torch.channels_last_3d).train().requires_grad_(True)
         self.drawn = [n for n, has in enumerate(cases.labelled.tolist()) if has]
@@ -335,14 +361,22 @@ class Run:
         """Fresh optimisers for a stage: registration, segmentation."""
         self.optimisers = [torch.optim.Adam(network.parameters(), self.settings.rate) for network in self.networks]
 
+    def set_rate(self, rate: float) -> None:
+        """Of both networks."""
+        for optimiser in self.optimisers:
+            optimiser.param_groups[0]["lr"] = rate
+
+    def learn(self, which: int, terms: dict[str, Tensor]) -> dict[str, float]:
+        """A step of one network down its loss; the terms as numbers."""
+        self.optimisers[which].zero_grad()
+        terms["loss"].backward()
+        nn.utils.clip_grad_norm_(self.networks[which].parameters(), self.settings.clip)
+        self.optimisers[which].step()
+        return {key: float(value.detach()) for key, value in terms.items()}
+
     def registration_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
         """R learns, F is held."""
-        moving, target = self.pair(stage, step)
-        terms = registration_terms(self.networks, moving, target, settings)
-        self.optimisers[0].zero_grad()
-        terms["loss"].backward()
-        self.optimisers[0].step()
-        return {key: float(value.detach()) for key, value in terms.items()}
+        return self.learn(0, registration_terms(self.networks, *self.pair(stage, step), settings))
 
     def segmentation_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
         """F learns, R is held: from labelled images drawn freely, and from pairs drawn as R knows them."""
@@ -352,10 +386,7 @@ class Run:
         if settings.carried:
             paired = segmentation_terms(self.networks, *self.half_labelled(chance), settings)
             terms = {key: terms[key] + value for key, value in paired.items()}
-        self.optimisers[1].zero_grad()
-        terms["loss"].backward()
-        self.optimisers[1].step()
-        return {key: float(value.detach()) for key, value in terms.items()}
+        return self.learn(1, terms)
 
     def joint_step(self, stage: int, step: int) -> dict[str, float]:
         """A registration step, and after every ``ratio`` of them one of segmentation."""
@@ -429,12 +460,12 @@ def _some(choices: list[int], count: int, chance: Generator) -> list[int]:
 
 def segment(model: Model, volume: Volume) -> np.ndarray:
     """The class of every voxel of an image, on its own grid, as numbers of the label maps: (i, j, k) int32."""
-    place = model.place(volume)
-    image, _ = placed(volume, model.frame, place)
+    to_mm = model.to_mm(volume)
+    image, _ = placed(volume, model.frame, to_mm)
     with torch.no_grad():
         found = model.networks.segmentation(torch.from_numpy(image)[None, None])[0].numpy()
     # each class is brought back linearly, then the most probable is taken: never linear on class numbers
-    onto = np.linalg.inv(model.frame.to_mm(volume, place)) @ volume.affine
+    onto = np.linalg.inv(to_mm) @ volume.affine
     index = np.stack([*np.indices(volume.shape), np.ones(volume.shape)]).reshape(4, -1)
     where = (onto @ index)[:3].reshape(3, *volume.shape)
     back = np.stack([ndimage.map_coordinates(one, where, order=1, mode="nearest") for one in found])
@@ -444,12 +475,14 @@ def segment(model: Model, volume: Volume) -> np.ndarray:
 
 
 def register(model: Model, fixed: Volume, moving: Volume) -> Transform:
-    """Φ from the fixed image to the moving one, mm → mm: both laid onto the template (or middle on middle), then u."""
-    places = [(volume, model.place(volume)) for volume in (moving, fixed)]
-    views = [torch.from_numpy(placed(volume, model.frame, place).image)[None, None] for volume, place in places]
+    """Φ from the fixed image to the moving one, mm → mm: both laid onto what they have in common, then u."""
+    to_moving, to_fixed = model.to_mm(moving), model.to_mm(fixed)
+    views = [
+        torch.from_numpy(placed(volume, model.frame, to_mm).image)[None, None]
+        for volume, to_mm in ((moving, to_moving), (fixed, to_fixed))
+    ]
     with torch.no_grad():
         shift = model.networks.registration(*views)[0].numpy()
-    to_moving, to_fixed = (model.frame.to_mm(volume, place) for volume, place in places)
     shift_mm = np.einsum("ab,bijk->aijk", to_moving[:3, :3], shift)
     return Transform(to_moving @ np.linalg.inv(to_fixed), shift_mm, to_fixed)
 
@@ -583,11 +616,13 @@ def save(model: Model, folder: Path, half: bool = False) -> None:
         for name, network in zip(Networks._fields, model.networks, strict=True)
         for k, v in network.state_dict().items()
     }
-    if model.template is not None:
-        tensors |= {"template.image": model.template.image.to(kind), "template.inside": model.template.inside.to(kind)}
+    if isinstance(model.laid, Template):
+        tensors |= {f"template.{name}": part.to(kind) for name, part in model.laid._asdict().items()}
+    if isinstance(model.laid, AtlasGrid):
+        atlas_grid.save(model.laid, folder / MAP, half)
     checkpoint.write_tensors(folder / "weights.safetensors", tensors)
     about = {"format": FORMAT, "version": VERSION, "frame": asdict(model.frame)}
-    about["template"] = model.template is not None
+    about |= {"passes": model.networks.registration.passes, "laid": LAID[type(model.laid)]}
     about["structures"] = [{"name": name, "label": number} for name, number in model.classes.items()]
     checkpoint.write_text(folder / "model.json", json.dumps(about, indent=1))
 
@@ -607,19 +642,24 @@ def load(folder: Path) -> Model:
         whole = all(n >= 1 and n % 2**HALVINGS == 0 for n in frame.shape)
         if (len(frame.shape), len(frame.spacing_mm)) != (3, 3) or not whole or not min(frame.spacing_mm) > 0:
             raise ValueError(f"a grid of {frame.shape}, {frame.spacing_mm} mm")
+        if not int(about["passes"]) >= 1:
+            raise ValueError(f"{about['passes']} passes")
         classes = {str(one["name"]): int(one["label"]) for one in about["structures"]}
-        networks = networks_for(len(classes))
+        networks = networks_for(len(classes), passes=int(about["passes"]))
         parts = [(f"{name}.", network) for name, network in zip(Networks._fields, networks, strict=True)]
         shapes = {p + k: tuple(v.shape) for p, network in parts for k, v in network.state_dict().items()}
-        if about["template"]:
+        kind = {name: kind for kind, name in LAID.items()}[about["laid"]]
+        if kind is Template:
             shapes |= {f"template.{part}": (1, 1, *frame.shape) for part in Template._fields}
         tensors = checkpoint.read_tensors(folder / "weights.safetensors", shapes, {"F16", "F32"})
-        template = None
-        if about["template"]:
-            template = Template(tensors["template.image"].float(), tensors["template.inside"] > 0.5)
+        laid = None
+        if kind is Template:
+            laid = Template(tensors["template.image"].float(), tensors["template.inside"] > 0.5)
+        if kind is AtlasGrid:
+            laid = atlas_grid.load(folder / MAP)
         for prefix, network in parts:
             network.load_state_dict({k: v.float() for k, v in checkpoint.under(tensors, prefix).items()})
             network.to(memory_format=torch.channels_last_3d).eval().requires_grad_(False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'model.json'} does not describe a model ({error}); copy it again.") from error
-    return Model(networks, frame, classes, folder.name, template)
+    return Model(networks, frame, classes, folder.name, laid)

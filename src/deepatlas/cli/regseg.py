@@ -31,6 +31,10 @@ def train(
         str, typer.Option(help='Intensities to 0 ... 1: "percentile", or "LOW:HIGH" such as "-256:256" for CT.')
     ] = "percentile",
     spacing: Annotated[float | None, typer.Option(help="Of the common grid in mm; else the median.", min=0.1)] = None,
+    start: Annotated[
+        str | None, typer.Option(help="A coordinate map (CT): images are laid on its atlas, however they were cut.")
+    ] = None,
+    roi: Annotated[str | None, typer.Option(help="With --start: its region or structure that the grid covers.")] = None,
     registration: Annotated[int | None, typer.Option(help="Steps of the registration alone.", min=0)] = None,
     segmentation: Annotated[int | None, typer.Option(help="Steps of the segmentation alone.", min=0)] = None,
     joint: Annotated[int | None, typer.Option(help="Registration steps of the alternation.", min=0)] = None,
@@ -42,10 +46,14 @@ def train(
 
     import numpy as np
 
-    from deepatlas import common_grid, files, regseg
+    from deepatlas import checkpoint, common_grid, files, regseg
+    from deepatlas.atlas_grid import AtlasGrid
     from deepatlas.config import RegSeg
     from deepatlas.volume import Volume
 
+    if (start is None) != (roi is None):
+        raise typer.BadParameter("--start and --roi belong together.", param_hint="--roi")
+    atlas = AtlasGrid.of(checkpoint.load(checkpoint.find(start)), roi) if start else None
     left = set(files.read_list(leave_out)) if leave_out else set()
     paths = {files.exam_name(path): path for path in files.find_exams(images)}
     if left - paths.keys():
@@ -72,16 +80,29 @@ def train(
     classes = files.read_names(names) if names else {f"class_{n}": n for n in sorted(numbers - {0})}
     if not classes:
         raise LabelError("Expected labelled images, found no label above 0; give --labels that hold some.")
-    frame, parts = common_grid.frame_for(grids, spacing, scaling), []
+    frame, parts, unlike = common_grid.frame_for(grids, spacing, scaling), [], []
+    if atlas:
+        frame = atlas.frame(spacing or float(np.median([image.spacing_mm.max() for image in grids])), scaling)
     with counting("Reading") as count:
         for done, (name, path) in enumerate(paths.items(), start=1):  # again, as full images may not fit in memory
+            image = files.read_image(path)
             maps = {name: files.read_labels(drawn[name])} if name in wanted else {}
-            parts.append(common_grid.cases_of({name: files.read_image(path)}, maps, frame, tuple(classes.values())))
+            try:
+                where = atlas.to_mm(image, frame) if atlas else frame.to_mm(image)
+                parts.append(common_grid.cases_of({name: image}, maps, frame, tuple(classes.values()), {name: where}))
+            except ExamError as error:
+                unlike.append(f"{name} is left out: {error}")
             count(done, len(paths), name)
-    cases, template = common_grid.laid_together(common_grid.joined(parts))
+    for line in unlike:
+        typer.echo(line, err=True)
+    if not parts:
+        raise ExamError(f"Expected images of {roi} in {images}, but none shows it; choose another --roi.")
+    cases, laid = common_grid.joined(parts), atlas
+    if not atlas:
+        cases, laid = common_grid.laid_together(cases)
     with training() as report:
-        regseg.train(cases, frame, classes, regseg.schedule(cases, settings), output, None, resume, report, template)
-    typer.echo(f"{output}: trained on {len(cases.names)} images, {len(wanted)} of them with labels.")
+        regseg.train(cases, frame, classes, regseg.schedule(cases, settings), output, None, resume, report, laid)
+    typer.echo(f"{output}: trained on {len(cases.names)} images, {int(cases.labelled.sum())} of them with labels.")
 
 
 def register(
@@ -104,8 +125,8 @@ def register(
     drawn = files.read_labels(labels, like=laid) if labels else None
     there, back = regseg.register(loaded, still, laid), regseg.register(loaded, laid, still)
     outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
-    place = loaded.place(still)
-    places = loaded.frame.points_mm(still, place)[common_grid.placed(still, loaded.frame, place).inside]
+    to_mm = loaded.to_mm(still)
+    places = loaded.frame.points_mm(still, to_mm)[common_grid.placed(still, loaded.frame, to_mm).inside]
     apart = transforms.inverse_consistency_mm(there, back, places)
     moved = np.linalg.norm(there.points(places) - places, axis=-1)
     about = {

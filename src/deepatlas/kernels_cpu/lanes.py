@@ -258,7 +258,7 @@ _BLOCK = 4096
 def meet(met, node, count, plane, field, rows, sums, want_rows, want_sums):
     """Pack the planes that some cells have corners in into rows, and set their sums to zero, where no cell was before.
 
-    ``met`` (plane,) notes which they are; ``node`` holds the lowest corners of ``count`` cells, ``plane`` nodes a plane.
+    ``met`` (plane,) notes which they are; ``node`` holds the lowest corners of ``count`` cells, ``plane`` nodes each.
     """
     low, high = node[0], node[0]
     for m in range(count):
