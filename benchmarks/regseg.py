@@ -41,7 +41,8 @@ class Data(NamedTuple):
     validation: list[str]
     pairs: list[tuple[str, str]]
     """(moving, fixed) validation exams."""
-    template: common_grid.Template
+    laid: common_grid.Template
+    """What the cases were laid onto."""
 
 
 def read() -> Data:
@@ -54,9 +55,9 @@ def read() -> Data:
     train = {name: one for name, one in volumes.items() if name not in validation}
     frame = common_grid.frame_for(list(train.values()))
     cases = common_grid.cases_of(train, {name: labels[name] for name in train}, frame, tuple(classes.values()))
-    cases, template = common_grid.laid_together(cases)
+    cases, laid = common_grid.laid_together(cases)
     exams = {name: (volumes[name], labels[name]) for name in volumes}
-    return Data(exams, cases, frame, classes, validation, regseg.read_pairs(PAIRS), template)
+    return Data(exams, cases, frame, classes, validation, regseg.read_pairs(PAIRS), laid)
 
 
 def choices(data: Data, count: int) -> list[list[int]]:
@@ -82,7 +83,7 @@ class Bench:
             cases = self.data.cases.picked(list(range(len(self.data.cases.names))), labelled)
             resume = (folder / "training" / "state.json").exists()
             given = cases, self.data.frame, self.data.classes, settings, folder, start, resume
-            regseg.train(*given, tell(name), self.data.template)
+            regseg.train(*given, tell(name), self.data.laid)
             (folder / "minutes.txt").write_text(f"{(time.monotonic() - began) / 60:.2f}", encoding="utf-8")
         self.minutes[name] = float((folder / "minutes.txt").read_text(encoding="utf-8"))
         return regseg.load(folder)

@@ -121,10 +121,14 @@ def test_the_command_line_trains_on_the_atlas_and_leaves_out_what_does_not_show_
     (tmp_path / "labels").mkdir()
     exams = {"seed": scan((5, 5, 5)), "cut": scan((4, 4, 4), (10, -5, 8), body=moved_by(STRETCH), **SHORT)}
     exams["legs"] = scan((6, 6, 6), high=(130, 80, -40))
+    exams["drawn_beside"] = scan((6, 6, 6))
     for name, (exam, _) in exams.items():
         nib.save(nib.Nifti1Image(exam.array, exam.affine), tmp_path / f"{name}.nii.gz")
     seed, places = exams["seed"]
     nib.save(nib.Nifti1Image(balls(places, CENTRE, OTHER), seed.affine), tmp_path / "labels" / "seed.nii.gz")
+    beside, places = exams["drawn_beside"]
+    far = (places[..., 2] < LOW[2] - 30).astype(np.uint8)
+    nib.save(nib.Nifti1Image(far, beside.affine), tmp_path / "labels" / "drawn_beside.nii.gz")
     given = ("regseg", "train", "-i", tmp_path, "-l", tmp_path / "labels", "-o", tmp_path / "out", "--scaling", SCALING)
     code, _, said = call(*given, "--start", tmp_path / "map")
     assert code == 2
@@ -133,6 +137,7 @@ def test_the_command_line_trains_on_the_atlas_and_leaves_out_what_does_not_show_
     code, out, said = call(*given, "--start", tmp_path / "map", "--roi", "trunk", "--spacing", 8, *steps)
     assert code == 0, said
     assert "legs is left out" in said
+    assert "drawn_beside is left out" in said
     assert "trained on 2 images, 1 of them with labels" in out
     assert json.loads((tmp_path / "out" / "model.json").read_text())["laid"] == "atlas"
     model = regseg.load(tmp_path / "out")

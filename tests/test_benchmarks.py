@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from benchmarks import adaptation, landmarks
+from benchmarks import adaptation, bridge, landmarks
 
+from deepatlas.transforms import Transform
 from deepatlas.volume import Volume, apply
 
 NAMES = {"brainstem": 1, "mandible": 2, "esophagus": 3}
@@ -12,7 +13,7 @@ NAMES = {"brainstem": 1, "mandible": 2, "esophagus": 3}
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
     """The structures' numbers without the data."""
-    for module in (landmarks, adaptation):
+    for module in (landmarks, adaptation, bridge):
         monkeypatch.setattr(module, "names", lambda: NAMES)
 
 
@@ -54,3 +55,14 @@ def test_means_over_structures_and_what_adaptation_gains():
     assert found["dice"] == {"before": 0.7, "longer": 0.7, "adapted": 0.8}
     assert found["adapted_minus"]["before"]["mean"] == pytest.approx(0.1)
     assert found["exams"] == 3
+
+
+def test_a_registration_of_the_bridge_is_scored_by_the_structures_that_both_exams_show():
+    labels = np.zeros((12, 12, 12), np.uint8)
+    labels[2:6, 2:6, 2:6], labels[7:10, 7:10, 7:10] = 1, 2
+    other = np.where(labels == 2, 3, labels)
+    shown = [(None, Volume(one, np.eye(4))) for one in (labels, other)]
+    still, by_two = (Transform(np.eye(4), np.full((3, 2, 2, 2), shift), np.eye(4)) for shift in (0.0, 2.0))
+    assert bridge.score(still, shown[0], shown[0]) == 1
+    assert bridge.score(still, *shown) == 1  # the brainstem; the others are shown by one exam each
+    assert bridge.score(by_two, *shown) == pytest.approx(1 / 8)

@@ -28,9 +28,9 @@ def data():
     frame = common_grid.Frame((16, 16, 16), (1.0, 1.0, 1.0))
     volumes, labels = ({name: both[part] for name, both in train.items()} for part in (0, 1))
     cases = common_grid.cases_of(volumes, labels, frame, tuple(CLASSES.values()))
-    cases, template = common_grid.laid_together(cases)
+    cases, laid = common_grid.laid_together(cases)
     unseen = list(exams)[4:]
-    return comparison.Data(exams, cases, frame, CLASSES, unseen, regseg.random_pairs(unseen, 2), template)
+    return comparison.Data(exams, cases, frame, CLASSES, unseen, regseg.random_pairs(unseen, 2), laid)
 
 
 def test_every_arm_is_trained_and_scored(data, tmp_path, monkeypatch):

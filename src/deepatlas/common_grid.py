@@ -103,6 +103,8 @@ class Placed(NamedTuple):
     """0 ... 1."""
     inside: np.ndarray
     """Where the image reaches, boolean (i, j, k): its edge is no anatomy."""
+    to_mm: np.ndarray
+    """Index of the grid → mm of the image, (4, 4)."""
 
 
 def placed(volume: Volume, frame: Frame, to_mm: np.ndarray | None = None) -> Placed:
@@ -111,6 +113,7 @@ def placed(volume: Volume, frame: Frame, to_mm: np.ndarray | None = None) -> Pla
     Args:
         to_mm: index of the grid → mm of the image, `Frame.to_mm` by default.
     """
+    to_mm = frame.to_mm(volume) if to_mm is None else to_mm
     values = np.asarray(volume.array, np.float32)
     low, high = limits_of(frame.scaling, values)
     coarser = np.array(frame.spacing_mm) / to_ras(volume).spacing_mm.clip(1e-6)
@@ -120,7 +123,8 @@ def placed(volume: Volume, frame: Frame, to_mm: np.ndarray | None = None) -> Pla
         smooth = Volume(ndimage.gaussian_filter(ras.array, 0.4 * np.where(coarser > 1.2, coarser, 0)), ras.affine)
     found = sample_mm(smooth, frame.points_mm(volume, to_mm), outside=np.nan)
     inside = np.isfinite(found)
-    return Placed(np.where(inside, np.clip((found - low) / (high - low), 0, 1), 0).astype(np.float32), inside)
+    image = np.where(inside, np.clip((found - low) / (high - low), 0, 1), 0).astype(np.float32)
+    return Placed(image, inside, to_mm)
 
 
 class Cases(NamedTuple):
@@ -163,8 +167,7 @@ def cases_of(
     """
     images, insides, maps = [], [], []
     for name, volume in volumes.items():
-        where = frame.to_mm(volume) if to_mm is None else to_mm[name]
-        image, inside = placed(volume, frame, where)
+        image, inside, where = placed(volume, frame, None if to_mm is None else to_mm[name])
         images.append(image)
         insides.append(inside)
         drawn = np.zeros(frame.shape, np.uint8)

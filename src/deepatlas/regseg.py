@@ -36,7 +36,7 @@ from torch import Generator, Tensor, nn
 
 from deepatlas import atlas_grid, augment, checkpoint, grid, losses
 from deepatlas.atlas_grid import AtlasGrid
-from deepatlas.common_grid import HALVINGS, Cases, Frame, Template, placed
+from deepatlas.common_grid import HALVINGS, Cases, Frame, Placed, Template, placed
 from deepatlas.config import RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
 from deepatlas.loop import (
@@ -254,8 +254,16 @@ class Model:
             return self.laid.to_mm(volume, self.frame)
         if self.laid is None:
             return self.frame.to_mm(volume)
-        image, inside = (torch.from_numpy(part)[None, None] for part in placed(volume, self.frame))
+        image, inside = (torch.from_numpy(part)[None, None] for part in placed(volume, self.frame)[:2])
         return self.frame.to_mm(volume, self.laid.nodes(image, inside))
+
+    def place(self, volume: Volume) -> Placed:
+        """An image on the grid.
+
+        Raises:
+            ExamError: as `to_mm`.
+        """
+        return placed(volume, self.frame, self.to_mm(volume))
 
 
 def schedule(cases: Cases, settings: RegSeg) -> RegSeg:
@@ -460,8 +468,7 @@ def _some(choices: list[int], count: int, chance: Generator) -> list[int]:
 
 def segment(model: Model, volume: Volume) -> np.ndarray:
     """The class of every voxel of an image, on its own grid, as numbers of the label maps: (i, j, k) int32."""
-    to_mm = model.to_mm(volume)
-    image, _ = placed(volume, model.frame, to_mm)
+    image, _, to_mm = model.place(volume)
     with torch.no_grad():
         found = model.networks.segmentation(torch.from_numpy(image)[None, None])[0].numpy()
     # each class is brought back linearly, then the most probable is taken: never linear on class numbers
@@ -476,15 +483,15 @@ def segment(model: Model, volume: Volume) -> np.ndarray:
 
 def register(model: Model, fixed: Volume, moving: Volume) -> Transform:
     """Φ from the fixed image to the moving one, mm → mm: both laid onto what they have in common, then u."""
-    to_moving, to_fixed = model.to_mm(moving), model.to_mm(fixed)
-    views = [
-        torch.from_numpy(placed(volume, model.frame, to_mm).image)[None, None]
-        for volume, to_mm in ((moving, to_moving), (fixed, to_fixed))
-    ]
+    return register_placed(model, model.place(fixed), model.place(moving))
+
+
+def register_placed(model: Model, fixed: Placed, moving: Placed) -> Transform:
+    """`register`, of images that lie on the model's grid already."""
     with torch.no_grad():
-        shift = model.networks.registration(*views)[0].numpy()
-    shift_mm = np.einsum("ab,bijk->aijk", to_moving[:3, :3], shift)
-    return Transform(to_moving @ np.linalg.inv(to_fixed), shift_mm, to_fixed)
+        shift = model.networks.registration(*(torch.from_numpy(one.image)[None, None] for one in (moving, fixed)))
+    shift_mm = np.einsum("ab,bijk->aijk", moving.to_mm[:3, :3], shift[0].numpy())
+    return Transform(moving.to_mm @ np.linalg.inv(fixed.to_mm), shift_mm, fixed.to_mm)
 
 
 class Scores(NamedTuple):
@@ -563,9 +570,11 @@ def scores(
     for name, both in exams.items():
         found[name] = score_segmentation(model, *both)
         told(len(found), total, name)
+    on_grid = {name: model.place(exams[name][0]) for name in {name for pair in pairs for name in pair}}
     laid = []
     for moving, fixed in pairs:
-        laid.append(score_registration(model, exams[fixed], exams[moving]))
+        transform = register_placed(model, on_grid[fixed], on_grid[moving])
+        laid.append(score_registration(model, exams[fixed], exams[moving], transform))
         told(len(found) + len(laid), total, f"{moving} on {fixed}")
     return {
         "segmentation": _summary(list(found.values())) | {"exams": {n: _rounded(s) for n, s in found.items()}},

@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deepatlas.cli.options import ModelOption, OutOption, OverwriteOption
 from deepatlas.cli.speech import counting, each_exam, training
 from deepatlas.errors import ExamError, LabelError
+
+if TYPE_CHECKING:
+    from deepatlas.atlas_grid import AtlasGrid
+    from deepatlas.common_grid import Cases, Frame
+    from deepatlas.volume import Volume
 
 ImagesOption = Annotated[Path, typer.Option("-i", "--images", help="Folder of images, any modality.")]
 LabelsOption = Annotated[Path, typer.Option("-l", "--labels", help="Folder of label maps named as the images.")]
@@ -49,7 +54,6 @@ def train(
     from deepatlas import checkpoint, common_grid, files, regseg
     from deepatlas.atlas_grid import AtlasGrid
     from deepatlas.config import RegSeg
-    from deepatlas.volume import Volume
 
     if (start is None) != (roi is None):
         raise typer.BadParameter("--start and --roi belong together.", param_hint="--roi")
@@ -59,50 +63,81 @@ def train(
     if left - paths.keys():
         raise ExamError(f"Expected images to leave out, found no {sorted(left - paths.keys())[0]}; correct the list.")
     paths = {name: path for name, path in paths.items() if name not in left}
+    if not paths:
+        raise ExamError(f"Expected images to train on in {images}, but all of them are left out; shorten the list.")
     drawn = {files.exam_name(path): path for path in files.find_exams(labels)}
     wanted = files.read_list(labeled) if labeled else [name for name in paths if name in drawn]
     for name in wanted:
         if name not in paths or name not in drawn:
             lacking = "labels" if name in paths else "image to train on"
             raise LabelError(f"Expected an image and labels of {name}, but it has no {lacking}; correct the list.")
-    if not paths:
-        raise ExamError(f"Expected images to train on in {images}, but all of them are left out; shorten the list.")
+    drawn = {name: drawn[name] for name in wanted}
     steps = {"registration": registration, "segmentation": segmentation, "joint": joint}
     settings = replace(RegSeg(seed=seed), **{key: value for key, value in steps.items() if value is not None})
+    grids, numbers = _seen(paths, drawn)
+    classes = files.read_names(names) if names else {f"class_{n}": n for n in sorted(numbers - {0})}
+    if not classes:
+        raise LabelError("Expected labelled images, found no label above 0; give --labels that hold some.")
+    if atlas:
+        frame = atlas.frame(spacing or float(np.median([image.spacing_mm.max() for image in grids])), scaling)
+    else:
+        frame = common_grid.frame_for(grids, spacing, scaling)
+    cases = _placed(paths, drawn, frame, tuple(classes.values()), atlas)
+    cases, laid = (cases, atlas) if atlas else common_grid.laid_together(cases)
+    with training() as report:
+        regseg.train(cases, frame, classes, regseg.schedule(cases, settings), output, None, resume, report, laid)
+    typer.echo(f"{output}: trained on {len(cases.names)} images, {int(cases.labelled.sum())} of them with labels.")
+
+
+def _seen(paths: dict[str, Path], drawn: dict[str, Path]) -> "tuple[list[Volume], set[int]]":
+    """The grids of all images, without the images, and the numbers in the label maps."""
+    import numpy as np
+
+    from deepatlas import files
+    from deepatlas.volume import Volume
+
     grids, numbers = [], set()
     with counting("Looking") as count:
         for done, (name, path) in enumerate(paths.items(), start=1):
             image = files.read_image(path)
             grids.append(Volume(np.broadcast_to(np.float32(0), image.shape), image.affine))
-            if name in wanted:
+            if name in drawn:
                 numbers |= set(np.unique(files.read_labels(drawn[name], like=image).array).tolist())
             count(done, len(paths), name)
-    classes = files.read_names(names) if names else {f"class_{n}": n for n in sorted(numbers - {0})}
-    if not classes:
-        raise LabelError("Expected labelled images, found no label above 0; give --labels that hold some.")
-    frame, parts, unlike = common_grid.frame_for(grids, spacing, scaling), [], []
-    if atlas:
-        frame = atlas.frame(spacing or float(np.median([image.spacing_mm.max() for image in grids])), scaling)
+    return grids, numbers
+
+
+def _placed(
+    paths: dict[str, Path],
+    drawn: dict[str, Path],
+    frame: "Frame",
+    numbers: tuple[int, ...],
+    atlas: "AtlasGrid | None",
+) -> "Cases":
+    """All images on the grid; those that do not lie on the region of an atlas are named and left out.
+
+    They are read one by one, as full images may not fit in memory.
+    """
+    from deepatlas import common_grid, files
+
+    parts, unlike = [], []
     with counting("Reading") as count:
-        for done, (name, path) in enumerate(paths.items(), start=1):  # again, as full images may not fit in memory
+        for done, (name, path) in enumerate(paths.items(), start=1):
             image = files.read_image(path)
-            maps = {name: files.read_labels(drawn[name])} if name in wanted else {}
+            maps = {name: files.read_labels(drawn[name])} if name in drawn else {}
             try:
-                where = atlas.to_mm(image, frame) if atlas else frame.to_mm(image)
-                parts.append(common_grid.cases_of({name: image}, maps, frame, tuple(classes.values()), {name: where}))
-            except ExamError as error:
+                where = {name: atlas.to_mm(image, frame)} if atlas else None
+                parts.append(common_grid.cases_of({name: image}, maps, frame, numbers, where))
+            except (ExamError, LabelError) as error:
+                if not atlas:
+                    raise
                 unlike.append(f"{name} is left out: {error}")
             count(done, len(paths), name)
     for line in unlike:
         typer.echo(line, err=True)
     if not parts:
-        raise ExamError(f"Expected images of {roi} in {images}, but none shows it; choose another --roi.")
-    cases, laid = common_grid.joined(parts), atlas
-    if not atlas:
-        cases, laid = common_grid.laid_together(cases)
-    with training() as report:
-        regseg.train(cases, frame, classes, regseg.schedule(cases, settings), output, None, resume, report, laid)
-    typer.echo(f"{output}: trained on {len(cases.names)} images, {int(cases.labelled.sum())} of them with labels.")
+        raise ExamError(f"Expected images of {atlas.region.name}, but none shows it; choose another --roi.")
+    return common_grid.joined(parts)
 
 
 def register(
@@ -117,16 +152,17 @@ def register(
     report.json."""
     import numpy as np
 
-    from deepatlas import checkpoint, common_grid, files, outputs, regseg, transforms
+    from deepatlas import checkpoint, files, outputs, regseg, transforms
 
     outputs.claim(outputs.registration_paths(output, labels=labels is not None), overwrite)
     loaded = regseg.load(checkpoint.find(model))
     still, laid = files.read_image(fixed), files.read_image(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
-    there, back = regseg.register(loaded, still, laid), regseg.register(loaded, laid, still)
+    at_fixed, at_moving = loaded.place(still), loaded.place(laid)
+    there = regseg.register_placed(loaded, at_fixed, at_moving)
+    back = regseg.register_placed(loaded, at_moving, at_fixed)
     outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
-    to_mm = loaded.to_mm(still)
-    places = loaded.frame.points_mm(still, to_mm)[common_grid.placed(still, loaded.frame, to_mm).inside]
+    places = loaded.frame.points_mm(still, at_fixed.to_mm)[at_fixed.inside]
     apart = transforms.inverse_consistency_mm(there, back, places)
     moved = np.linalg.norm(there.points(places) - places, axis=-1)
     about = {
