@@ -89,22 +89,27 @@ class Bench:
         return regseg.load(folder)
 
     def arms(self, count: int, number: int, labelled: list[int]) -> dict[str, regseg.Model]:
-        """The four arms of one choice of labels."""
+        """The four arms of one choice of labels; where all are labelled the choices are seeds."""
         s, here = self.settings, f"{count}-{number}"
+        seed = number if len(labelled) == len(self.data.cases.names) else s.seed
         begun = self.model("registration", [], None, registration=s.registration)
         alone = self.model("registration-more", [], begun.networks, registration=s.joint)
+
+        def taught(name: str, start: regseg.Networks | None, **stages: int) -> regseg.Model:
+            return self.model(f"{here}-{name}", labelled, start, seed=seed, **stages)
+
         steps = s.segmentation + s.joint // s.ratio
         found = {
             "registration_alone": alone,
-            "segmentation_alone": self.model(f"{here}-segmentation", labelled, None, segmentation=steps),
-            "semi": self.model(f"{here}-semi", labelled, _with(begun, alone), semi=steps),
+            "segmentation_alone": taught("segmentation", None, segmentation=steps),
+            "semi": taught("semi", _with(begun, alone, seed), semi=steps),
         }
         if len(labelled) == 1:
-            first = self.model(f"{here}-semi-first", labelled, _with(begun, begun), semi=s.segmentation)
+            first = taught("semi-first", _with(begun, begun, seed), semi=s.segmentation)
         else:
-            first = self.model(f"{here}-segmentation-first", labelled, None, segmentation=s.segmentation)
+            first = taught("segmentation-first", None, segmentation=s.segmentation)
         both = regseg.Networks(begun.networks.registration, first.networks.segmentation)
-        return found | {"joint": self.model(f"{here}-joint", labelled, both, joint=s.joint)}
+        return found | {"joint": taught("joint", both, joint=s.joint)}
 
     def scores(self, arm: str, model: regseg.Model, labelled: list[int]) -> dict[str, Any]:
         """Segmentation of the validation exams, the listed pairs, and the first labelled exam onto all others."""
@@ -122,9 +127,9 @@ class Bench:
         return about | {"from_labelled": float(np.mean([one.mean for one in laid]))}
 
 
-def _with(first: regseg.Model, registration: regseg.Model) -> regseg.Networks:
+def _with(first: regseg.Model, registration: regseg.Model, seed: int) -> regseg.Networks:
     """A fresh segmentation network beside a trained registration."""
-    fresh = regseg.networks_for(len(first.classes))
+    fresh = regseg.networks_for(len(first.classes), seed)
     return regseg.Networks(registration.networks.registration, fresh.segmentation)
 
 
@@ -221,15 +226,20 @@ def main() -> int:
     bench = Bench(data, asked.work, SETTINGS)
     command = {"command": f"python -m benchmarks.regseg {asked.what} --work W --json FILE"}
     if asked.what == "one-label":
-        result = compare(bench, 1, choices(data, 1)) | command
+        write(asked.json, compare(bench, 1, choices(data, 1)) | command)
         if asked.model:
             regseg.save(regseg.load(asked.work / "1-0-joint"), asked.model, half=True)
-    else:
-        every = len(data.cases.names)
-        counts = [every if n == "all" else int(n) for n in asked.counts.split(",")]
-        result = {str(count): compare(bench, count, choices(data, count)) for count in counts} | command
-    asked.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return 0
+    every, result = len(data.cases.names), command
+    for count in [every if n == "all" else int(n) for n in asked.counts.split(",")]:
+        result = result | {str(count): compare(bench, count, choices(data, count))}
+        write(asked.json, result)  # what is known so far
     return 0
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """As JSON."""
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -169,6 +169,20 @@ def test_the_noise_is_as_strong_as_said():
     assert abs(float(noisy.std()) - 0.05) < 0.002
 
 
+def test_the_tone_between_images_is_what_of_their_difference_changes_slowly():
+    generator = chance()
+    image = 0.3 + 0.2 * torch.rand((2, 1, 24, 24, 24), generator=generator)
+    shade = 0.1 + 0.1 * grid.identity((24, 24, 24))[:, :1].expand(2, -1, -1, -1, -1)
+    quick = 0.2 * (torch.rand(image.shape, generator=generator) - 0.5)
+    seen = torch.ones_like(image, dtype=torch.bool)
+    seen[:, :, :, :, 17:] = False
+    other = torch.where(seen, image + shade + quick, 5.0)
+    found = augment.tone_between(image, other, seen)
+    assert (found - shade)[:, :, 2:-2, :, :16].abs().max() < 0.03  # over the faces it goes on as it was
+    assert found.abs().max() < 0.25
+    assert augment.tone_between(image, image, seen).abs().max() < 1e-6
+
+
 WHOLE = torch.tensor([[0.0, 1.0]])
 
 

@@ -72,3 +72,11 @@ def counted(steps, name, original):
 def test_choices_are_the_same_for_every_arm_and_differ_from_each_other(data):
     assert comparison.choices(data, 2) == comparison.choices(data, 2)
     assert len({tuple(one) for one in comparison.choices(data, 1)}) > 1
+
+
+def test_where_all_images_are_labelled_the_choices_are_seeds(data, tmp_path):
+    bench = comparison.Bench(data, tmp_path, replace(SETTINGS, registration=1, segmentation=1, joint=2))
+    arms = [bench.arms(4, number, labelled) for number, labelled in enumerate(comparison.choices(data, 4)[:2])]
+    for arm in ("segmentation_alone", "semi", "joint"):
+        one, other = (dict(each[arm].networks.segmentation.named_parameters()) for each in arms)
+        assert any(not values.equal(other[name]) for name, values in one.items())

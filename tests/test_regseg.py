@@ -553,7 +553,8 @@ def test_a_table_that_is_none_of_pairs_is_refused(tmp_path, text):
 CLASSES = {"ball": 3, "core": 17}
 CUBE = Frame((16, 16, 16), (2.0, 2.0, 2.0), "0:1")
 STILL = Augmentation(scale=0.0, rotation=0.0, translation=0.0, cut=0.0, tone=0.0)
-NO_STEPS = RegSeg(registration=0, segmentation=0, semi=0, guided=0, joint=0, batch=1, window=None)
+PAPER = RegSeg(carried=0.3, lent=0.0)
+NO_STEPS = replace(PAPER, registration=0, segmentation=0, semi=0, guided=0, joint=0, batch=1)
 
 
 def phantom(middle, radius: float = 5.0) -> tuple[Volume, Volume]:
@@ -670,6 +671,58 @@ def test_without_augmentation_a_view_is_the_case(cases):
     torch.testing.assert_close(seen.image, cases.image[[3, 2]], atol=1e-5, rtol=0)
     assert seen.labelled.tolist() == [False, True]
     assert torch.equal(seen.labels.argmax(dim=1), cases.labels[[3, 2]].long())
+
+
+def test_a_lent_view_is_a_labelled_image_in_the_shape_and_tone_of_another():
+    """Case 1 is case 0 moved by whole voxels and brighter; only case 0 has labels, and R knows the move."""
+    image = smooth(3, 1, SMALL, nodes=8) * 0.6 + 0.1
+    labels = (image[:, 0] > 0.35).to(torch.uint8) + (image[:, 0] > 0.45)
+    images = torch.cat([image, torch.from_numpy(rolled(image))[None].float() + 0.2])
+    inside = torch.zeros_like(images, dtype=torch.bool)
+    inside[0], inside[1, :, 1:-1, :, 3:] = True, True
+    both = torch.cat([labels, torch.zeros_like(labels)])
+    cases = common_grid.Cases(["a", "b"], images, inside, both, torch.tensor([True, False]), 2)
+    run = Run(cases, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
+    run.networks = answering(WHOLE)
+    seen = run.lent(run.chance(0, 0))
+    assert seen.labelled.tolist() == [True]
+    deep = (slice(2, -2), slice(2, -2), slice(4, -2))
+    torch.testing.assert_close(seen.image[0, 0][deep], images[1, 0][deep], atol=1e-3, rtol=0)
+    assert torch.equal(seen.labels.argmax(dim=1)[0][deep], torch.from_numpy(rolled(labels[None]))[0].long()[deep])
+    assert seen.inside[0, 0][deep].all()
+    assert not seen.inside[0, 0, -1:].any()  # x + 1 is beyond the labelled image
+    assert not seen.inside[0, 0, :, :, :2].any()  # and so is k − 2
+
+
+def test_lent_views_are_drawn_as_freely_as_others_and_from_all_images():
+    run = numbered((2,))
+    run.networks = answering(torch.zeros(3))
+    drawn = [which(run.lent(run.chance(0, step))) for step in range(30)]
+    assert {case for one in drawn for case in one} == {0, 1, 3}  # in the tone of the others
+    wild = Run(cohort((2,)), replace(NO_STEPS, batch=2), None)
+    one, again, other = (wild.lent(wild.chance(0, step)) for step in (0, 0, 1))
+    assert torch.equal(one.image, again.image)
+    assert not torch.equal(one.image, other.image)
+    assert not torch.equal(one.labels[0], one.labels[1])
+
+
+def test_lent_views_teach_where_the_registration_is_held_and_as_much_as_said(monkeypatch):
+    told, seen = [], []
+    original = regseg.segmentation_terms
+    monkeypatch.setattr(
+        regseg, "segmentation_terms", lambda *given: (seen.append((given[1:], original(*given))), seen[-1][1])[1]
+    )
+    settings = replace(NO_STEPS, segmentation=1, semi=1, joint=1, ratio=1, carried=0.0, lent=2.0)
+    regseg.train(cohort((2,)), CUBE, CLASSES, settings, on_progress=told.append)
+    assert len(seen) == 1 + 2 + 2  # not where the segmentation is alone
+    for free, lent in (seen[1:3], seen[3:5]):
+        assert lent[0][0] is lent[0][1]
+        assert lent[0][0].labelled.all()
+        assert not torch.equal(lent[0][0].image, free[0][0].image)
+    terms = [{key: float(value.detach()) for key, value in one.items()} for _, one in seen]
+    semi = next(at for at in told if at.stage == "semi").terms
+    assert semi["lent"] == pytest.approx(terms[2]["supervised"])
+    assert semi["loss"] == pytest.approx(3 * terms[1]["supervised"] + 2 * terms[2]["supervised"], rel=1e-5)
 
 
 def numbered(labelled: tuple[int, ...]) -> Run:

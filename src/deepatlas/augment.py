@@ -7,6 +7,7 @@ template).
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
@@ -182,6 +183,23 @@ def apply_tone(image: Image, tone: Float[Tensor, "batch 3"], generator: Generato
     noise = torch.randn(image.shape, generator=generator) * sigma
     inner = ((image - 0.5) * gain + 0.5 + offset + noise).clamp(0, 1)
     return torch.where((image > 0) & (image < 1), inner, image)
+
+
+def tone_between(image: Image, other: Image, seen: Mask, cells: int = 6) -> Image:
+    """What of the difference of an image to another one that lies on it changes slowly: added to the image, it has the
+    other's contrast and shading.
+
+    Args:
+        seen: where both are known.
+        cells: the difference is a mean over each of so many parts of every axis.
+
+    Source: the appearance transforms of Zhao et al., Data augmentation using learned transformations for one-shot
+    medical image segmentation, CVPR 2019; here without a network of their own.
+    """
+    known = seen.to(image)
+    slow = F.adaptive_avg_pool3d((other - image) * known, cells)
+    slow = slow / F.adaptive_avg_pool3d(known, cells).clamp_min(1e-3)
+    return F.interpolate(slow, size=image.shape[2:], mode="trilinear", align_corners=False)
 
 
 def place(matrix: Affine, shape: tuple[int, int, int]) -> Coordinates:

@@ -9,9 +9,11 @@ registration step, F held   L_i(I_m∘φ⁻¹, I_t) + λ_r L_r(u) + λ_a L_a(S_m
 segmentation step, R held   target unlabelled: λ_c L_a(S_m∘φ⁻¹, F(I_t)) + λ_sp L_sp(F(I_m), S_m)
                             moving unlabelled: λ_c L_a(F(I_m)∘φ⁻¹, S_t) + λ_sp L_sp(F(I_t), S_t)
                             both labelled: λ_sp L_sp(F(I_m), S_m); none labelled: nothing
+                            besides: λ_l L_sp(F(I_m∘φ⁻¹ in the tone of I_t), S_m∘φ⁻¹), I_m labelled
 ==========================  ============================================================================
 
-L_i is `losses.correlation`, L_r `losses.bending_energy`, L_a and L_sp are `losses.soft_dice`.
+L_i is `losses.correlation`, L_r `losses.bending_energy`, L_a and L_sp are `losses.soft_dice`. The term of λ_l is not in
+the paper: the labels of a labelled image in the shape of another one are true however far off the registration is.
 
 Source: Xu and Niethammer 2019. The authors' weights were not found; `deepatlas.config.RegSeg` says what ours are.
 """
@@ -228,7 +230,7 @@ def segmentation_terms(networks: Networks, moving: View, target: View, weights: 
 
 # ── training ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-COLUMNS = ("stage", "step", "seconds", "loss", "similarity", "bending", "anatomy", "supervised", "segmentation")
+COLUMNS = ("stage", "step", "seconds", "loss", "similarity", "bending", "anatomy", "supervised", "lent", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -355,7 +357,7 @@ class Run:
 
     def stages(self) -> list[tuple[str, int, Callable[[int, int], dict[str, float]]]]:
         """Name, steps and step function of every stage, in order."""
-        alone = replace(self.settings, anatomy=0.0, carried=0.0)
+        alone = replace(self.settings, anatomy=0.0, carried=0.0, lent=0.0)
         every = [
             ("registration", self.settings.registration, partial(self.registration_step, alone)),
             ("segmentation", self.settings.segmentation, partial(self.segmentation_step, alone)),
@@ -394,6 +396,10 @@ class Run:
         if settings.carried:
             paired = segmentation_terms(self.networks, *self.half_labelled(chance), settings)
             terms = {key: terms[key] + value for key, value in paired.items()}
+        if settings.lent:
+            lent = self.lent(chance)
+            taught = segmentation_terms(self.networks, lent, lent, replace(settings, supervised=settings.lent))
+            terms = terms | {"lent": taught["supervised"], "loss": terms["loss"] + taught["loss"]}
         return self.learn(1, terms)
 
     def joint_step(self, stage: int, step: int) -> dict[str, float]:
@@ -426,19 +432,55 @@ class Run:
         swap = bool(torch.rand(1, generator=chance) < 0.5)
         return (views[1], views[0]) if swap else (views[0], views[1])
 
+    def lent(self, chance: Generator) -> View:
+        """Labelled images in the shape and tone of others, as R lays them there."""
+        count = len(self.cases.names)
+        labelled = _some(self.drawn, self.settings.batch, chance)
+        steps = torch.randint(1, count, (len(labelled),), generator=chance).tolist()
+        other = [(case + step) % count for case, step in zip(labelled, steps, strict=True)]
+        moving, target = self.cases.image[labelled], self.cases.image[other]
+        with torch.no_grad():
+            phi = phi_box(self.networks.registration(moving, target))
+        inside = self.cases.inside[labelled].to(moving)
+        warped = grid.sample(torch.cat([moving, inside], dim=1), phi)
+        seen = self.cases.inside[other] & (warped[:, 1:] > 0.99) & grid.inside(phi)
+        tone = augment.tone_between(warped[:, :1], target, seen)
+        where = self.where(len(labelled), chance)
+        there, tone = grid.sample(torch.cat([phi, tone], dim=1), where).split((3, 1), dim=1)
+        return self.seen_at(labelled, there, chance, grid.inside(where), tone)
+
     def view(self, cases: list[int], chance: Generator, share: float = 1.0) -> View:
         """Images and labels under a random affine map, bend and contrast; only a share of the former two."""
+        return self.seen_at(cases, self.where(len(cases), chance, share), chance)
+
+    def where(self, count: int, chance: Generator, share: float = 1.0) -> Coordinates:
+        """Random affine maps and bends of the grid."""
         how, shape = self.settings.augmentation.gentler(share), tuple(self.cases.image.shape[2:])
-        images, insides = self.cases.image[cases], self.cases.inside[cases]
-        half_mm = torch.diag(torch.tensor([float(n - 1) for n in shape])).expand(len(cases), 3, 3)
+        half_mm = torch.diag(torch.tensor([float(n - 1) for n in shape])).expand(count, 3, 3)
         matrix = augment.draw_affine(half_mm, chance, how.scale, how.rotation, how.translation)
-        bend = grid.resize(augment.draw_bend(len(cases), chance, share * self.settings.bend), shape)
-        where = augment.place(matrix, shape) + bend
+        bend = grid.resize(augment.draw_bend(count, chance, share * self.settings.bend), shape)
+        return augment.place(matrix, shape) + bend
+
+    def seen_at(
+        self,
+        cases: list[int],
+        where: Coordinates,
+        chance: Generator,
+        known: Mask | bool = True,
+        added: Image | float = 0.0,
+    ) -> View:
+        """Images and labels at some places, under a random contrast.
+
+        Args:
+            known: False where the places themselves are not known.
+            added: to the images.
+        """
+        images, insides = self.cases.image[cases], self.cases.inside[cases]
         hot = F.one_hot(self.cases.labels[cases].long(), self.cases.classes + 1).movedim(-1, 1).to(images)
         moved = grid.sample(torch.cat([images, insides.to(images), hot], dim=1), where)
-        inside = (moved[:, 1:2] > 0.99) & grid.inside(where)
-        tone = augment.draw_tone(len(cases), chance, how.tone)
-        image = augment.apply_tone(moved[:, :1] * inside, tone, chance)
+        inside = (moved[:, 1:2] > 0.99) & grid.inside(where) & known
+        tone = augment.draw_tone(len(images), chance, self.settings.augmentation.tone)
+        image = augment.apply_tone((moved[:, :1] + added).clamp(0, 1) * inside, tone, chance)
         return View(image, inside, moved[:, 2:], self.cases.labelled[cases])
 
     def save(self, folder: Path, about: dict, stage: int, step: int) -> None:
