@@ -45,7 +45,7 @@ def trained(how: str, atlas: AtlasGrid, work: Path) -> regseg.Model:
         images = {files.exam_name(path): files.read_image(path) for path in paths}
         if how == "atlas":
             frame = atlas.frame(SPACING_MM[how], SCALING)
-            where = {name: atlas.to_mm(image, frame) for name, image in images.items()}
+            where = {name: atlas.pose(image, frame) for name, image in images.items()}
             cases, laid = common_grid.cases_of(images, {}, frame, (1,), where), atlas
         else:
             frame = common_grid.frame_for(list(images.values()), SPACING_MM[how], SCALING)

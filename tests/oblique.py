@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from deepatlas.common_grid import Placed
+from deepatlas.common_grid import Placed, Pose
 from deepatlas.volume import Volume, reorder
 from exact import affine_of, rotated
 
@@ -38,7 +38,7 @@ def off_middle(seed: int, offset: tuple[int, int, int]) -> Placed:
     image += 0.02 * np.random.default_rng(seed).random(image.shape)
     inside = np.zeros(image.shape, bool)
     inside[3:29, 2:30, 1:15] = True
-    return Placed((image * inside).astype(np.float32), inside, np.eye(4))
+    return Placed((image * inside).astype(np.float32), inside, Pose.affine(np.eye(4)))
 
 
 OFFSETS = [(0, 0, 0), (3, -2, 1), (-4, 1, 0), (2, 5, -2), (-1, -4, 2)]

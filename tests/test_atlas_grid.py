@@ -16,7 +16,22 @@ from deepatlas.config import NetworkConfig
 from deepatlas.errors import ExamError, RegionError
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.volume import Volume, apply
-from exact import CENTRE, FRAME, OTHER, affine_of, balls, blank, exact, moved_by, places_of, rotated, scan, unmoved
+from exact import (
+    CENTRE,
+    FRAME,
+    OTHER,
+    affine_of,
+    balls,
+    bent,
+    blank,
+    exact,
+    moved_by,
+    places_of,
+    rotated,
+    scan,
+    unbent,
+    unmoved,
+)
 from standins import model_of
 
 LOW, HIGH = np.array([-45.0, -55.0, -10.0]), np.array([60.0, 25.0, 85.0])
@@ -56,7 +71,7 @@ def test_the_grid_covers_the_region_with_cells_of_about_the_spacing_asked_for(la
     np.testing.assert_allclose(np.multiply(frame.shape, frame.spacing_mm), HIGH - LOW, rtol=1e-4)
     assert 2.5 < min(frame.spacing_mm) <= max(frame.spacing_mm) <= 5.3
     exam, _ = scan((3, 3, 5))
-    points = frame.points_mm(exam, laid.to_mm(exam, frame))
+    points = frame.points_mm(exam, laid.pose(exam, frame))
     half = np.array(frame.spacing_mm) / 2
     np.testing.assert_allclose(points[0, 0, 0], LOW + half, atol=0.05)
     np.testing.assert_allclose(points[-1, -1, -1], HIGH - half, atol=0.05)
@@ -66,10 +81,10 @@ def test_the_grid_covers_the_region_with_cells_of_about_the_spacing_asked_for(la
 def test_the_same_node_is_the_same_anatomy_in_every_exam_however_it_was_cut(laid, fov):
     frame = laid.frame(5.0, SCALING)
     fixed, moving = scan((3, 3, 3))[0], moving_exam(**fov)
-    where = [laid.to_mm(exam, frame) for exam in (fixed, moving)]
-    points = [frame.points_mm(exam, to_mm) for exam, to_mm in zip((fixed, moving), where, strict=True)]
+    where = [laid.pose(exam, frame) for exam in (fixed, moving)]
+    points = [frame.points_mm(exam, pose) for exam, pose in zip((fixed, moving), where, strict=True)]
     np.testing.assert_allclose(apply(STRETCH, points[1]), points[0], atol=0.1)
-    one, other = (common_grid.placed(exam, frame, to_mm) for exam, to_mm in zip((fixed, moving), where, strict=True))
+    one, other = (common_grid.placed(exam, frame, pose) for exam, pose in zip((fixed, moving), where, strict=True))
     both = one.inside & other.inside
     assert both.mean() > 0.3
     assert other.inside.all() == (not fov)
@@ -89,6 +104,32 @@ def test_a_registration_and_a_segmentation_are_in_the_places_of_the_images_thems
     assert (segmented[~beyond] > 0).mean() > 0.2
 
 
+@pytest.mark.parametrize("fov", [{}, SHORT])
+def test_a_bent_body_is_laid_by_its_map_and_not_by_an_affine_map_alone(monkeypatch, fov):
+    monkeypatch.setattr(atlas_grid, "embed", lambda model, exam: exact(model, exam, body=bent))
+    laid = AtlasGrid.of(blank().with_regions(cube()), "trunk")
+    frame = laid.frame(5.0, SCALING)
+    exam = scan((4, 4, 4), (10, -5, 8), body=bent, **fov)[0]
+    pose = laid.pose(exam, frame)
+    anatomy = LOW + (frame.nodes() + 0.5) * frame.spacing_mm  # of the seed patient
+    points = frame.points_mm(exam, pose)
+    shown = (apply(exam.inverse, points) > 1).all(axis=-1) & (
+        apply(exam.inverse, points) < np.array(exam.shape) - 2
+    ).all(axis=-1)
+    assert shown.mean() > 0.3
+    apart = np.linalg.norm(bent(points) - anatomy, axis=-1)[shown]
+    affine = np.linalg.norm(bent(apply(pose.there.linear, frame.nodes())) - anatomy, axis=-1)[shown]
+    assert np.percentile(apart, 99) < 0.6
+    assert np.percentile(affine, 95) > 2
+    index = pose.back.points(unbent(anatomy))
+    assert np.percentile(np.linalg.norm((index - frame.nodes()) * frame.spacing_mm, axis=-1)[shown], 95) < 0.6
+    fixed = scan((3, 3, 3), body=bent)[0]
+    model = replace(model_of(frame), laid=laid)
+    found = regseg.register(model, fixed, exam)  # the same patient in both
+    here = unbent(anatomy)[shown]
+    assert np.percentile(np.linalg.norm(found.points(here) - here, axis=-1), 95) < 0.8
+
+
 def test_it_is_kept_with_the_model_and_knows_one_region_alone(laid, tmp_path):
     network = CoordinateNetwork(NetworkConfig(size=16, widths=(8, 16), head_channels=8))
     model = replace(laid.model, network=network).with_regions(cube(), replace(cube(), name="other"))
@@ -99,7 +140,7 @@ def test_it_is_kept_with_the_model_and_knows_one_region_alone(laid, tmp_path):
     assert isinstance(read.laid, AtlasGrid)
     assert read.frame == frame
     exam, _ = scan((5, 5, 5))
-    np.testing.assert_allclose(read.to_mm(exam), kept.to_mm(exam), atol=1e-2)
+    np.testing.assert_allclose(*(frame.points_mm(exam, one.place(exam).pose) for one in (read, kept)), atol=1e-2)
     checkpoint.save(model, tmp_path / "two")
     with pytest.raises(RegionError, match="one region"):
         atlas_grid.load(tmp_path / "two")
@@ -112,7 +153,7 @@ def test_what_cannot_be_laid_is_refused(laid):
         laid.frame(0.5)
     legs, _ = scan((6, 6, 6), high=(130, 80, -40))
     with pytest.raises(ExamError, match="trunk, but it shows 0%"):
-        laid.to_mm(legs, laid.frame(5.0))
+        laid.pose(legs, laid.frame(5.0))
 
 
 def test_the_command_line_trains_on_the_atlas_and_leaves_out_what_does_not_show_the_region(laid, call, tmp_path):
@@ -142,7 +183,8 @@ def test_the_command_line_trains_on_the_atlas_and_leaves_out_what_does_not_show_
     assert json.loads((tmp_path / "out" / "model.json").read_text())["laid"] == "atlas"
     model = regseg.load(tmp_path / "out")
     exam = files.read_image(tmp_path / "cut.nii.gz")
-    np.testing.assert_allclose(model.to_mm(exam), laid.to_mm(exam, model.frame), atol=0.05)
+    points = [model.frame.points_mm(exam, pose) for pose in (model.place(exam).pose, laid.pose(exam, model.frame))]
+    np.testing.assert_allclose(*points, atol=0.05)
     code, _, said = call(
         "regseg", "segment", "-m", tmp_path / "out", "-i", tmp_path / "legs.nii.gz", "-o", tmp_path / "s"
     )

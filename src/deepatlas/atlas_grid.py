@@ -1,7 +1,7 @@
 """A region of a trained atlas as the grid that images are laid on, each by its coordinate map.
 
-The bridge between the two systems: registration networks (`deepatlas.regseg`) then begin with images that lie on each
-other up to what an affine map cannot do, however they were cut; what one of them does not show is beyond its edge.
+The bridge between the two systems: the networks of `deepatlas.regseg` then begin with images that lie on each other as
+well as the map knows, however they were cut; what one of them does not show is beyond its edge.
 """
 
 import math
@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from deepatlas import checkpoint, regions
+from deepatlas import checkpoint, places, regions, register
 from deepatlas.atlas import Region
-from deepatlas.common_grid import HALVINGS, LARGEST_GRID, Frame
+from deepatlas.common_grid import HALVINGS, LARGEST_GRID, Frame, Pose
 from deepatlas.errors import ExamError, RegionError
 from deepatlas.locate import embed
-from deepatlas.volume import Volume
+from deepatlas.transforms import Transform
+from deepatlas.volume import Volume, apply
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,15 @@ class AtlasGrid:
             )
         return Frame(shape, tuple(round(float(e / n), 6) for e, n in zip(edges, shape, strict=True)), scaling)
 
-    def to_mm(self, volume: Volume, frame: Frame) -> np.ndarray:
-        """Index of the grid → mm of an image, (4, 4): the affine map nearest to where its own map finds the region.
+    def pose(self, volume: Volume, frame: Frame) -> Pose:
+        """The grid in an image as its map lays it: every node where the coordinate of that node is found. Where the
+        image does not show it, the displacement fades into the affine map nearest to all that was found.
 
         Raises:
             ExamError: it shows next to nothing of the region, or cannot be prepared.
         """
-        shown = regions.show(self.region, embed(self.model, volume))
+        embedded = embed(self.model, volume)
+        shown = regions.show(self.region, embedded)
         if shown.to_mm is None:
             raise ExamError(
                 f"Expected an image of {self.region.name}, but it shows {shown.coverage:.0%} of it; leave it out."
@@ -65,7 +69,23 @@ class AtlasGrid:
         count = np.array(frame.shape)
         cells = np.diag([*(2 / count), 1.0])  # a node stands for a cell; cells fill the cube from −1 to +1
         cells[:3, 3] = 1 / count - 1
-        return shown.to_mm @ cells
+        to_mm, to_atlas = shown.to_mm @ cells, self.region.to_atlas().numpy() @ cells
+        nodes = frame.nodes().reshape(-1, 3)
+        here = apply(to_mm, nodes)
+        found = places.from_atlas(embedded, torch.from_numpy(apply(to_atlas, nodes).T)[None])
+        c_atlas, inside = places.to_atlas(embedded, here)
+        index = apply(np.linalg.inv(to_atlas), c_atlas[0].T.double().numpy())
+
+        def shift(apart: np.ndarray, known: np.ndarray) -> np.ndarray:
+            whole = register.spread(apart.reshape(*frame.shape, 3), known.reshape(frame.shape), spacing_mm)
+            return np.moveaxis(whole, -1, 0)
+
+        spacing_mm = np.linalg.norm(to_mm[:3, :3], axis=0)
+        box = apply(np.linalg.inv(embedded.prepared.box_to_mm), found.points_mm)
+        within = found.valid & (np.abs(box) < 1 - 1e-4).all(axis=1)  # on a face it may have been held there
+        there = Transform(to_mm, shift(found.points_mm - here, within), np.eye(4))
+        inside &= places.in_patient(embedded, here)
+        return Pose(there, Transform(np.linalg.inv(to_mm), shift(index - nodes, inside), to_mm))
 
 
 def save(laid: AtlasGrid, folder: Path, half: bool = False) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from deepatlas.errors import ExamError, LabelError
 from deepatlas.prepare import sample_mm
 from deepatlas.shapes import Image, Mask
+from deepatlas.transforms import Transform
 from deepatlas.volume import Volume, to_ras
 
 HALVINGS = 4
@@ -49,14 +50,32 @@ class Frame:
         matrix[:3, 3] = start + step * np.array(nodes)
         return ras.affine @ matrix
 
-    def points_mm(self, volume: Volume, to_mm: np.ndarray | None = None) -> np.ndarray:
+    def points_mm(self, volume: Volume, pose: "Pose | None" = None) -> np.ndarray:
         """Places of the grid's nodes in an image, (i, j, k, 3) mm.
 
         Args:
-            to_mm: where the grid lies in it, `to_mm` by default.
+            pose: of the grid in the image; middle on middle by default.
         """
-        index = np.stack([*np.indices(self.shape), np.ones(self.shape)], axis=-1)
-        return (index @ (self.to_mm(volume) if to_mm is None else to_mm).T)[..., :3]
+        pose = pose or Pose.affine(self.to_mm(volume))
+        return pose.there.points(self.nodes())
+
+    def nodes(self) -> np.ndarray:
+        """The index of every node, (i, j, k, 3)."""
+        return np.moveaxis(np.indices(self.shape), 0, -1)
+
+
+class Pose(NamedTuple):
+    """Where the grid lies in an image."""
+
+    there: Transform
+    """Index of the grid → mm of the image."""
+    back: Transform
+    """mm of the image → index of the grid."""
+
+    @classmethod
+    def affine(cls, to_mm: np.ndarray) -> "Pose":
+        """By a matrix, index → mm (4, 4)."""
+        return cls(Transform.affine(to_mm), Transform.affine(np.linalg.inv(to_mm)))
 
 
 def frame_for(volumes: list[Volume], spacing_mm: float | None = None, scaling: str = "percentile") -> Frame:
@@ -103,17 +122,16 @@ class Placed(NamedTuple):
     """0 ... 1."""
     inside: np.ndarray
     """Where the image reaches, boolean (i, j, k): its edge is no anatomy."""
-    to_mm: np.ndarray
-    """Index of the grid → mm of the image, (4, 4)."""
+    pose: Pose
 
 
-def placed(volume: Volume, frame: Frame, to_mm: np.ndarray | None = None) -> Placed:
+def placed(volume: Volume, frame: Frame, pose: Pose | None = None) -> Placed:
     """An image on the grid; 0 beyond its edges.
 
     Args:
-        to_mm: index of the grid → mm of the image, `Frame.to_mm` by default.
+        pose: of the grid in the image; middle on middle by default.
     """
-    to_mm = frame.to_mm(volume) if to_mm is None else to_mm
+    pose = pose or Pose.affine(frame.to_mm(volume))
     values = np.asarray(volume.array, np.float32)
     low, high = limits_of(frame.scaling, values)
     coarser = np.array(frame.spacing_mm) / to_ras(volume).spacing_mm.clip(1e-6)
@@ -121,10 +139,10 @@ def placed(volume: Volume, frame: Frame, to_mm: np.ndarray | None = None) -> Pla
     if coarser.max() > 1.2:  # what the grid cannot hold must not alias
         ras = to_ras(smooth)
         smooth = Volume(ndimage.gaussian_filter(ras.array, 0.4 * np.where(coarser > 1.2, coarser, 0)), ras.affine)
-    found = sample_mm(smooth, frame.points_mm(volume, to_mm), outside=np.nan)
+    found = sample_mm(smooth, frame.points_mm(volume, pose), outside=np.nan)
     inside = np.isfinite(found)
     image = np.where(inside, np.clip((found - low) / (high - low), 0, 1), 0).astype(np.float32)
-    return Placed(image, inside, to_mm)
+    return Placed(image, inside, pose)
 
 
 class Cases(NamedTuple):
@@ -154,25 +172,25 @@ def cases_of(
     labels: dict[str, Volume],
     frame: Frame,
     numbers: tuple[int, ...],
-    to_mm: dict[str, np.ndarray] | None = None,
+    poses: dict[str, Pose] | None = None,
 ) -> Cases:
     """Images (by name) and the label maps that exist on one grid.
 
     Args:
         numbers: number of each class in the label maps, in the order of the network's answers.
-        to_mm: index of the grid → mm of each image, `Frame.to_mm` by default.
+        poses: of the grid in each image; middle on middle by default.
 
     Raises:
         LabelError: a label map holds none of the numbers.
     """
     images, insides, maps = [], [], []
     for name, volume in volumes.items():
-        image, inside, where = placed(volume, frame, None if to_mm is None else to_mm[name])
+        image, inside, pose = placed(volume, frame, poses[name] if poses else None)
         images.append(image)
         insides.append(inside)
         drawn = np.zeros(frame.shape, np.uint8)
         if name in labels:
-            found = sample_mm(labels[name], frame.points_mm(volume, where), order="nearest", outside=0)
+            found = sample_mm(labels[name], frame.points_mm(volume, pose), order="nearest", outside=0)
             for number, value in enumerate(numbers, start=1):
                 drawn[found == value] = number
             if not drawn.any():

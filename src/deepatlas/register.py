@@ -79,7 +79,7 @@ def register(
     expected = np.linalg.inv(linear_to_atlas(moving)) @ linear_to_atlas(fixed)
     linear = _linear(here[valid], there[valid], expected, kind)
     apart = there - apply(linear, here)
-    shift = _spread(apart, valid, np.linalg.norm(to_mm[:3, :3], axis=0)) if deformable else 0 * apart
+    shift = spread(apart, valid, np.linalg.norm(to_mm[:3, :3], axis=0)) if deformable else 0 * apart
     found = Transform(linear, np.ascontiguousarray(np.moveaxis(shift, -1, 0)).astype(np.float32), to_mm)
     return Registration(
         **vars(found),
@@ -133,8 +133,8 @@ def _linear(source: np.ndarray, target: np.ndarray, expected: np.ndarray, kind: 
     return result
 
 
-def _spread(shift: np.ndarray, valid: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    """A displacement known in some voxels, continued into the others: it fades to 0 with the distance from them."""
+def spread(shift: np.ndarray, valid: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """A displacement known in some voxels, (i, j, k, 3), continued into the others: it fades to 0 over `BLEND_MM`."""
     distance, nearest = ndimage.distance_transform_edt(~valid, sampling=spacing_mm, return_indices=True)
     filled = shift[tuple(nearest)] * np.exp(-((distance / BLEND_MM) ** 2))[..., None]
     soft = np.stack([ndimage.gaussian_filter(filled[..., axis], 1.0, mode="nearest") for axis in range(3)], axis=-1)

@@ -38,7 +38,7 @@ from torch import Generator, Tensor, nn
 
 from deepatlas import atlas_grid, augment, checkpoint, grid, losses
 from deepatlas.atlas_grid import AtlasGrid
-from deepatlas.common_grid import HALVINGS, Cases, Frame, Placed, Template, placed
+from deepatlas.common_grid import HALVINGS, Cases, Frame, Placed, Pose, Template, placed
 from deepatlas.config import RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
 from deepatlas.loop import (
@@ -57,7 +57,7 @@ from deepatlas.metrics import bootstrap_interval, dice
 from deepatlas.networks import LEAK, Backbone, channels_first, channels_last
 from deepatlas.shapes import Coordinates, Image, Mask
 from deepatlas.transforms import Transform, folded, moved
-from deepatlas.volume import Volume
+from deepatlas.volume import Volume, apply, planes_mm
 
 FORMAT = "deepatlas-regseg"
 VERSION = 1
@@ -246,26 +246,19 @@ class Model:
     """What images are laid onto: a mean of images by whole nodes, a region of an atlas by an affine map; None: middle
     on middle."""
 
-    def to_mm(self, volume: Volume) -> np.ndarray:
-        """Index of the grid → mm of an image, (4, 4).
+    def place(self, volume: Volume) -> Placed:
+        """An image on the grid.
 
         Raises:
             ExamError: it does not show the region that the networks were trained on.
         """
         if isinstance(self.laid, AtlasGrid):
-            return self.laid.to_mm(volume, self.frame)
+            return placed(volume, self.frame, self.laid.pose(volume, self.frame))
+        middle = placed(volume, self.frame)
         if self.laid is None:
-            return self.frame.to_mm(volume)
-        image, inside = (torch.from_numpy(part)[None, None] for part in placed(volume, self.frame)[:2])
-        return self.frame.to_mm(volume, self.laid.nodes(image, inside))
-
-    def place(self, volume: Volume) -> Placed:
-        """An image on the grid.
-
-        Raises:
-            ExamError: as `to_mm`.
-        """
-        return placed(volume, self.frame, self.to_mm(volume))
+            return middle
+        image, inside = (torch.from_numpy(part)[None, None] for part in middle[:2])
+        return placed(volume, self.frame, Pose.affine(self.frame.to_mm(volume, self.laid.nodes(image, inside))))
 
 
 def schedule(cases: Cases, settings: RegSeg) -> RegSeg:
@@ -510,17 +503,18 @@ def _some(choices: list[int], count: int, chance: Generator) -> list[int]:
 
 def segment(model: Model, volume: Volume) -> np.ndarray:
     """The class of every voxel of an image, on its own grid, as numbers of the label maps: (i, j, k) int32."""
-    image, _, to_mm = model.place(volume)
+    image, _, pose = model.place(volume)
     with torch.no_grad():
         found = model.networks.segmentation(torch.from_numpy(image)[None, None])[0].numpy()
-    # each class is brought back linearly, then the most probable is taken: never linear on class numbers
-    onto = np.linalg.inv(to_mm) @ volume.affine
-    index = np.stack([*np.indices(volume.shape), np.ones(volume.shape)]).reshape(4, -1)
-    where = (onto @ index)[:3].reshape(3, *volume.shape)
-    back = np.stack([ndimage.map_coordinates(one, where, order=1, mode="nearest") for one in found])
-    last = np.array(model.frame.shape).reshape(3, 1, 1, 1) - 1
-    beyond = ((where < -0.5) | (where > last + 0.5)).any(axis=0)  # of the grid, where nothing is known
-    return np.where(beyond, 0, np.array([0, *model.classes.values()], np.int32)[back.argmax(axis=0)])
+    last, numbers = np.array(model.frame.shape) - 1, np.array([0, *model.classes.values()], np.int32)
+    result = np.empty(volume.shape, np.int32)
+    for plane, points in enumerate(planes_mm(volume.shape, volume.affine)):
+        index = pose.back.points(points)
+        # each class is brought back linearly, then the most probable is taken: never linear on class numbers
+        back = [ndimage.map_coordinates(one, np.moveaxis(index, -1, 0), order=1, mode="nearest") for one in found]
+        beyond = ((index < -0.5) | (index > last + 0.5)).any(axis=-1)  # of the grid, where nothing is known
+        result[plane] = np.where(beyond, 0, numbers[np.argmax(back, axis=0)])
+    return result
 
 
 def register(model: Model, fixed: Volume, moving: Volume) -> Transform:
@@ -532,8 +526,11 @@ def register_placed(model: Model, fixed: Placed, moving: Placed) -> Transform:
     """`register`, of images that lie on the model's grid already."""
     with torch.no_grad():
         shift = model.networks.registration(*(torch.from_numpy(one.image)[None, None] for one in (moving, fixed)))
-    shift_mm = np.einsum("ab,bijk->aijk", moving.to_mm[:3, :3], shift[0].numpy())
-    return Transform(moving.to_mm @ np.linalg.inv(fixed.to_mm), shift_mm, fixed.to_mm)
+    to_fixed, to_moving = fixed.pose.there.linear, moving.pose.there.linear
+    linear, here = to_moving @ np.linalg.inv(to_fixed), apply(to_fixed, model.frame.nodes())
+    u = Transform(np.eye(4), shift[0].numpy(), np.eye(4))
+    there = moving.pose.there.points(u.points(fixed.pose.back.points(here)))
+    return Transform(linear, np.moveaxis(there - apply(linear, here), -1, 0), to_fixed)
 
 
 class Scores(NamedTuple):

@@ -24,8 +24,15 @@ class Transform:
     to_mm: np.ndarray
     """Index of those nodes → mm of the fixed exam, (4, 4)."""
 
+    @classmethod
+    def affine(cls, matrix: np.ndarray) -> "Transform":
+        """A linear map (4, 4) alone."""
+        return cls(matrix, np.zeros((3, 1, 1, 1)), np.eye(4))
+
     def points(self, points_mm: np.ndarray) -> np.ndarray:
         """Φ of points (..., 3) mm of the fixed exam; beyond the grid the shift of the nearest node."""
+        if self.shift_mm[0].size == 1:
+            return apply(self.linear, points_mm) + self.shift_mm.ravel()
         index = np.moveaxis(apply(np.linalg.inv(self.to_mm), points_mm), -1, 0)
         shift = [ndimage.map_coordinates(part, index, order=1, mode="nearest") for part in self.shift_mm]
         return apply(self.linear, points_mm) + np.stack(shift, axis=-1)

@@ -126,8 +126,8 @@ def _placed(
             image = files.read_image(path)
             maps = {name: files.read_labels(drawn[name])} if name in drawn else {}
             try:
-                where = {name: atlas.to_mm(image, frame)} if atlas else None
-                parts.append(common_grid.cases_of({name: image}, maps, frame, numbers, where))
+                pose = {name: atlas.pose(image, frame)} if atlas else None
+                parts.append(common_grid.cases_of({name: image}, maps, frame, numbers, pose))
             except (ExamError, LabelError) as error:
                 if not atlas:
                     raise
@@ -162,7 +162,7 @@ def register(
     there = regseg.register_placed(loaded, at_fixed, at_moving)
     back = regseg.register_placed(loaded, at_moving, at_fixed)
     outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
-    places = loaded.frame.points_mm(still, at_fixed.to_mm)[at_fixed.inside]
+    places = loaded.frame.points_mm(still, at_fixed.pose)[at_fixed.inside]
     apart = transforms.inverse_consistency_mm(there, back, places)
     moved = np.linalg.norm(there.points(places) - places, axis=-1)
     about = {
