@@ -21,11 +21,12 @@ from matplotlib.image import imread
 
 import deepatlas
 from benchmarks import peers
-from deepatlas import dense, orientation, register, report, transforms
+from deepatlas import dense, orientation, register, report, transforms, vote
 from deepatlas.checkpoint import Model
 from deepatlas.config import FINE
-from deepatlas.files import Exam, read_exam, read_labels
-from deepatlas.locate import embed, locate
+from deepatlas.files import Exam, exam_name, find_exams, read_exam, read_labels
+from deepatlas.library import define_files, without_faults
+from deepatlas.locate import Found, embed, locate
 from deepatlas.metrics import dice
 from deepatlas.prepare import prepare
 from deepatlas.refine import refine
@@ -290,6 +291,54 @@ def calibration(model: Model) -> dict:
     return {"rank_correlation": round(float(np.corrcoef(*ranks)[0, 1]), 3), "bins": rows, "cases": cases}
 
 
+def _mask(found: Found, exam: Exam) -> np.ndarray:
+    """Of a structure, empty where it is absent."""
+    return np.zeros(exam.shape, bool) if found.mask is None else found.mask
+
+
+VOTERS = 10
+"""The first so many training exams."""
+
+
+def votes(model: Model) -> dict:
+    """Structures from ten labelled exams, of the validation exams: by their least squares (eq. 14, with HU) and by
+    their weighted vote."""
+    train = folder() / "train"
+    paths = find_exams(train / "images")[:VOTERS]
+    with tempfile.TemporaryDirectory() as links:
+        for path in paths:
+            (Path(links) / path.name).symlink_to(path)
+        made = define_files(model, Path(links), train / "labels", names(), exclude=faulty()).model
+    voters = []
+    for path in paths:
+        exam = read_exam(path)
+        drawn = read_labels(train / "labels" / path.name, like=exam)
+        drawn = without_faults(drawn, exam_name(path), names(), faulty())
+        voters.append(vote.Voter(embed(model, exam), drawn))
+    cases = []
+    for name in validation():
+        exam, labels = exam_of(name)
+        embedded = embed(made, exam)
+        ways = {
+            "least squares": locate(made, exam, embedded=embedded),
+            "vote": vote.locate_by_vote(made, exam, embedded, voters, names()),
+        }
+        for structure, number in names().items():
+            truth = labels.array == number
+            if truth.any() and name not in faulty().get(structure, []):
+                scores = {way: dice(_mask(found[structure], exam), truth) for way, found in ways.items()}
+                cases.append({"exam": name, "structure": structure} | {way: round(d, 4) for way, d in scores.items()})
+    table = {
+        structure: {
+            way: round(float(np.mean([case[way] for case in cases if case["structure"] == structure])), 4)
+            for way in ("least squares", "vote")
+        }
+        for structure in names()
+    }
+    means = {way: round(float(np.mean([row[way] for row in table.values()])), 4) for way in ("least squares", "vote")}
+    return {"voters": [exam_name(path) for path in paths], "mean": means, "structures": table, "cases": cases}
+
+
 OUT_OF_PLACE = {
     "brainstem": (250, None),
     "spinal_cord": (250, None),
@@ -347,7 +396,14 @@ def failures_picture(model: Model) -> Figure:
     return figure
 
 
-TASKS = {"presence": presence, "orientation": turns, "pairs": pairs, "calibration": calibration, "faults": faults}
+TASKS = {
+    "presence": presence,
+    "orientation": turns,
+    "pairs": pairs,
+    "votes": votes,
+    "calibration": calibration,
+    "faults": faults,
+}
 
 
 def main() -> int:

@@ -60,10 +60,10 @@ def read() -> Data:
     return Data(exams, cases, frame, classes, validation, regseg.read_pairs(PAIRS), laid)
 
 
-def choices(data: Data, count: int) -> list[list[int]]:
-    """Which cases have labels, three times; the same for every arm."""
+def choices(data: Data, count: int, times: int = CHOICES) -> list[list[int]]:
+    """Which cases have labels, some times over; the same for every arm."""
     total = len(data.cases.names)
-    return [np.random.default_rng((count, n)).permutation(total)[:count].tolist() for n in range(CHOICES)]
+    return [np.random.default_rng((count, n)).permutation(total)[:count].tolist() for n in range(times)]
 
 
 class Bench:
@@ -104,7 +104,7 @@ class Bench:
             "segmentation_alone": taught("segmentation", None, segmentation=steps),
             "semi": taught("semi", _with(begun, alone, seed), semi=steps),
         }
-        if len(labelled) == 1:
+        if len(labelled) < len(self.data.cases.names):
             first = taught("semi-first", _with(begun, begun, seed), semi=s.segmentation)
         else:
             first = taught("segmentation-first", None, segmentation=s.segmentation)
@@ -221,6 +221,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="write the results here")
     parser.add_argument("--model", type=Path, help="write the joint model of the first choice here")
     parser.add_argument("--counts", default="5,10,all", help="of labels, for the curve")
+    parser.add_argument("--choices", type=int, default=CHOICES, help="of the labelled images, for the curve")
     asked = parser.parse_args()
     data = read()
     bench = Bench(data, asked.work, SETTINGS)
@@ -232,7 +233,7 @@ def main() -> int:
         return 0
     every, result = len(data.cases.names), command
     for count in [every if n == "all" else int(n) for n in asked.counts.split(",")]:
-        result = result | {str(count): compare(bench, count, choices(data, count))}
+        result = result | {str(count): compare(bench, count, choices(data, count, asked.choices))}
         write(asked.json, result)  # what is known so far
     return 0
 

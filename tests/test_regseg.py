@@ -756,10 +756,11 @@ def test_pairs_for_the_segmentation_have_labels_on_a_side_that_changes(labelled)
     assert seen == {0, 1, 2, 3}
 
 
-def test_one_label_teaches_the_segmentation_through_the_registration():
+def test_where_labels_are_missing_the_segmentation_learns_through_the_registration():
     settings = RegSeg(segmentation=70)
-    assert regseg.schedule(cohort((1,)), settings) == replace(settings, semi=70, segmentation=0)
-    assert regseg.schedule(cohort((0, 1)), settings) == settings
+    for labelled in ((1,), (0, 1)):
+        assert regseg.schedule(cohort(labelled), settings) == replace(settings, semi=70, segmentation=0)
+    assert regseg.schedule(cohort((0, 1, 2, 3)), settings) == settings
     asked = replace(settings, semi=9)
     assert regseg.schedule(cohort((1,)), asked) == asked
 

@@ -262,9 +262,9 @@ class Model:
 
 
 def schedule(cases: Cases, settings: RegSeg) -> RegSeg:
-    """The stages that fit the labels: from one label the segmentation network learns with the registration held
-    ("semi"), from more it learns alone first. Source: Xu and Niethammer 2019."""
-    if int(cases.labelled.sum()) == 1 and not settings.semi:
+    """The stages that fit the labels: where images lack them the segmentation network learns with the registration held
+    ("semi"), as the paper does from one label; where all have them it learns alone first."""
+    if not cases.labelled.all() and not settings.semi:
         return replace(settings, semi=settings.segmentation, segmentation=0)
     return settings
 
