@@ -1,8 +1,8 @@
 """The 2019 registration on head-and-neck CT, from the middle of the images and from a coordinate map.
 
-``python -m benchmarks.bridge --work W --json FILE``: two networks are trained without labels, alike but for what the
-images are laid onto, and the listed pairs of validation exams are registered; of every second pair the exams are cut so
-that they share less than half their length.
+``python -m benchmarks.bridge --work W --json FILE``: two registration networks are trained without labels, alike
+but for what the images are laid onto (middle on middle, or a region of the atlas), and the listed pairs of validation
+exams are registered; of every second pair the exams are cut so that they share less than half their length.
 """
 
 import argparse
@@ -17,14 +17,15 @@ from benchmarks.localisation import PAIRS, exam_of, folder, names, slab
 from benchmarks.regseg import tell
 from deepatlas import checkpoint, common_grid, files, regions, register, regseg, transforms
 from deepatlas.atlas_grid import AtlasGrid
-from deepatlas.config import RegSeg
+from deepatlas.common_grid import Cases, Frame
+from deepatlas.config import REGSEG_CT
 from deepatlas.errors import ExamError
 from deepatlas.locate import embed
 from deepatlas.metrics import dice
 from deepatlas.transforms import Transform
 from deepatlas.volume import Volume
 
-SETTINGS = replace(RegSeg(), segmentation=0, joint=0, registration=400)
+SETTINGS = replace(REGSEG_CT, segmentation=0, joint=0, registration=500)
 TRAINED_ON = 60
 SCALING = "-256:256"
 SPACING_MM = {"middle": 12.0, "atlas": 4.0}
@@ -38,20 +39,32 @@ def grid_of(model: checkpoint.Model) -> AtlasGrid:
     return AtlasGrid.of(model.with_regions(around), around.name)
 
 
+def on_atlas(atlas: AtlasGrid, frame: Frame, paths: list[Path]) -> Cases:
+    """Exams on the region, but those that do not show it."""
+    parts = []
+    for path in paths:
+        name, image = files.exam_name(path), files.read_image(path)
+        try:
+            pose = {name: atlas.pose(image, frame)}
+            parts.append(common_grid.cases_of({name: image}, {}, frame, tuple(names().values()), pose))
+        except ExamError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return common_grid.joined(parts)
+
+
 def trained(how: str, atlas: AtlasGrid, work: Path) -> regseg.Model:
     """A registration network, read back where it was trained before."""
     if not (work / how / "model.json").exists():
         paths = files.find_exams(folder() / "train" / "images")[:TRAINED_ON]
-        images = {files.exam_name(path): files.read_image(path) for path in paths}
         if how == "atlas":
-            frame = atlas.frame(SPACING_MM[how], SCALING)
-            where = {name: atlas.pose(image, frame) for name, image in images.items()}
-            cases, laid = common_grid.cases_of(images, {}, frame, (1,), where), atlas
+            frame, laid = atlas.frame(SPACING_MM[how], SCALING), atlas
+            cases = on_atlas(atlas, frame, paths)
         else:
+            images = {files.exam_name(path): files.read_image(path) for path in paths}
             frame = common_grid.frame_for(list(images.values()), SPACING_MM[how], SCALING)
-            cases, laid = common_grid.laid_together(common_grid.cases_of(images, {}, frame, (1,)))
-        print(f"{how}: {len(images)} exams on a grid of {frame.shape}", flush=True)
-        regseg.train(cases, frame, {"none": 1}, SETTINGS, work / how, on_progress=tell(how), laid=laid)
+            cases, laid = common_grid.laid_together(common_grid.cases_of(images, {}, frame, tuple(names().values())))
+        print(f"{how}: {len(cases.names)} exams on a grid of {frame.shape}", flush=True)
+        regseg.train(cases, frame, names(), SETTINGS, work / how, on_progress=tell(how), laid=laid)
     return regseg.load(work / how)
 
 
@@ -65,7 +78,7 @@ def score(found: Transform, fixed: tuple[Volume, Volume], moving: tuple[Volume, 
 def compare(model: checkpoint.Model, work: Path) -> dict:
     """Every pair by both networks, by where the map lays the grid, and by the map alone."""
     networks = {how: trained(how, grid_of(model), work) for how in SPACING_MM}
-    still = replace(networks["atlas"], networks=regseg.networks_for(1))
+    still = replace(networks["atlas"], networks=regseg.networks_for(len(names())))
     cases = []
     for pair in json.loads(PAIRS.read_text(encoding="utf-8")):
         fixed, moving = exam_of(pair["fixed"]), exam_of(pair["moving"])

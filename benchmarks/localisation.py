@@ -32,7 +32,7 @@ from deepatlas.prepare import prepare
 from deepatlas.refine import refine
 from deepatlas.volume import Volume, apply, to_ras
 
-RESULTS = Path("docs/results")
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 CUTS, PAIRS = RESULTS / "presence-cuts.json", RESULTS / "register-pairs.json"
 CUT_STRUCTURES = ("brainstem", "parotid_right", "parotid_left", "larynx", "mandible")
 """Cord and esophagus are drawn only as far as a planner needed: where they end is not known."""

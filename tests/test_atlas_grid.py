@@ -12,7 +12,7 @@ from deepatlas import atlas_grid, checkpoint, common_grid, files, regseg
 from deepatlas.atlas import REGION_NODES, Region
 from deepatlas.atlas_grid import AtlasGrid
 from deepatlas.checkpoint import MARGIN
-from deepatlas.config import NetworkConfig
+from deepatlas.config import REGSEG_CT, NetworkConfig
 from deepatlas.errors import ExamError, RegionError
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.volume import Volume, apply
@@ -181,6 +181,8 @@ def test_the_command_line_trains_on_the_atlas_and_leaves_out_what_does_not_show_
     assert "drawn_beside is left out" in said
     assert "trained on 2 images, 1 of them with labels" in out
     assert json.loads((tmp_path / "out" / "model.json").read_text())["laid"] == "atlas"
+    settings = json.loads((tmp_path / "out" / "training" / "state.json").read_text())["settings"]["settings"]
+    assert (settings["window"], settings["bending"]) == (REGSEG_CT.window, REGSEG_CT.bending)
     model = regseg.load(tmp_path / "out")
     exam = files.read_image(tmp_path / "cut.nii.gz")
     points = [model.frame.points_mm(exam, pose) for pose in (model.place(exam).pose, laid.pose(exam, model.frame))]

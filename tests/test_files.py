@@ -342,6 +342,15 @@ def test_absurd_spacing(tmp_path, factor, units):
     refused(make(tmp_path / "one.nii", affine=affine, xyzt_units=units), "voxels of 0.1 to 20 mm", *words)
 
 
+@pytest.mark.parametrize("code", [0, 1, 255])
+def test_voxels_without_a_size_in_bytes_are_refused(tmp_path, code):
+    path = make(tmp_path / "one.nii")
+    content = bytearray(path.read_bytes())
+    content[70:72] = code.to_bytes(2, "little")
+    path.write_bytes(content)
+    refused(path, "NIfTI header")
+
+
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_byte_of_the_header_may_be_wrong(tmp_path_factory, data):

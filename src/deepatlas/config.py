@@ -242,6 +242,9 @@ class RegSeg:
     seed: int = 0
 
 
+REGSEG_CT = RegSeg(window=8, bending=1.0)
+"""For CT laid on an atlas: over a whole CT the contrast of air and tissue decides the correlation."""
+
 PAPER = Preset(
     name="paper",
     levels=tuple(LevelStage(rate=0.005 / 2**n) for n in range(5)),

@@ -360,7 +360,8 @@ def _read_header(stream: io.BufferedIOBase, path: Path, refuse: type[DeepAtlasEr
         )
     try:
         header = kind(start[:length], check=False)
-        header.get_data_dtype()
+        if not header.get_data_dtype().itemsize:
+            raise ValueError("voxels of no data type")
         header.get_data_shape()
         least = length + 4
         if not least <= float(header["vox_offset"]) < 2**31:

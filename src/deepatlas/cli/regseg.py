@@ -53,7 +53,7 @@ def train(
 
     from deepatlas import checkpoint, common_grid, files, regseg
     from deepatlas.atlas_grid import AtlasGrid
-    from deepatlas.config import RegSeg
+    from deepatlas.config import REGSEG_CT, RegSeg
 
     if (start is None) != (roi is None):
         raise typer.BadParameter("--start and --roi belong together.", param_hint="--roi")
@@ -73,7 +73,9 @@ def train(
             raise LabelError(f"Expected an image and labels of {name}, but it has no {lacking}; correct the list.")
     drawn = {name: drawn[name] for name in wanted}
     steps = {"registration": registration, "segmentation": segmentation, "joint": joint}
-    settings = replace(RegSeg(seed=seed), **{key: value for key, value in steps.items() if value is not None})
+    settings = replace(
+        REGSEG_CT if atlas else RegSeg(), seed=seed, **{key: value for key, value in steps.items() if value is not None}
+    )
     grids, numbers = _seen(paths, drawn)
     classes = files.read_names(names) if names else {f"class_{n}": n for n in sorted(numbers - {0})}
     if not classes:
