@@ -231,6 +231,7 @@ def main() -> int:
         if asked.model:
             regseg.save(regseg.load(asked.work / "1-0-joint"), asked.model, half=True)
         return 0
+    command["command"] += f" --counts {asked.counts} --choices {asked.choices}"
     every, result = len(data.cases.names), command
     for count in [every if n == "all" else int(n) for n in asked.counts.split(",")]:
         result = result | {str(count): compare(bench, count, choices(data, count, asked.choices))}
