@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.localisation import faulty, folder, names
+from benchmarks.localisation import faulty, folder, mask_of, names
 from benchmarks.regseg import tell
 from deepatlas import checkpoint, store
 from deepatlas.config import CPU, FINE, ConsolidationStage, Fitting, LevelStage, Preset
@@ -75,7 +75,7 @@ def scores(model: checkpoint.Model, images: Path, labels: Path) -> dict[str, dic
         drawn = without_faults(read_labels(labels / path.name, like=exam), name, names(), faulty()).array
         answers = locate(model, exam)
         found[name] = {
-            one: dice(drawn == number, np.zeros(drawn.shape, bool) if answers[one].mask is None else answers[one].mask)
+            one: dice(drawn == number, mask_of(answers[one], exam))
             for one, number in names().items()
             if one in answers and (drawn == number).any()
         }

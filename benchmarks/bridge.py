@@ -17,7 +17,6 @@ from benchmarks.localisation import PAIRS, exam_of, folder, names, slab
 from benchmarks.regseg import tell
 from deepatlas import checkpoint, common_grid, files, regions, register, regseg, transforms
 from deepatlas.atlas_grid import AtlasGrid
-from deepatlas.common_grid import Cases, Frame
 from deepatlas.config import REGSEG_CT
 from deepatlas.errors import ExamError
 from deepatlas.locate import embed
@@ -39,26 +38,15 @@ def grid_of(model: checkpoint.Model) -> AtlasGrid:
     return AtlasGrid.of(model.with_regions(around), around.name)
 
 
-def on_atlas(atlas: AtlasGrid, frame: Frame, paths: list[Path]) -> Cases:
-    """Exams on the region, but those that do not show it."""
-    parts = []
-    for path in paths:
-        name, image = files.exam_name(path), files.read_image(path)
-        try:
-            pose = {name: atlas.pose(image, frame)}
-            parts.append(common_grid.cases_of({name: image}, {}, frame, tuple(names().values()), pose))
-        except ExamError as error:
-            print(f"{name} is left out: {error}", flush=True)
-    return common_grid.joined(parts)
-
-
 def trained(how: str, atlas: AtlasGrid, work: Path) -> regseg.Model:
     """A registration network, read back where it was trained before."""
     if not (work / how / "model.json").exists():
         paths = files.find_exams(folder() / "train" / "images")[:TRAINED_ON]
         if how == "atlas":
             frame, laid = atlas.frame(SPACING_MM[how], SCALING), atlas
-            cases = on_atlas(atlas, frame, paths)
+            images = ((files.exam_name(path), files.read_image(path), None) for path in paths)
+            cases, left = atlas.cases(images, frame, tuple(names().values()))
+            print(f"left out: {left}", flush=True)
         else:
             images = {files.exam_name(path): files.read_image(path) for path in paths}
             frame = common_grid.frame_for(list(images.values()), SPACING_MM[how], SCALING)
@@ -77,7 +65,8 @@ def score(found: Transform, fixed: tuple[Volume, Volume], moving: tuple[Volume, 
 
 def compare(model: checkpoint.Model, work: Path) -> dict:
     """Every pair by both networks, by where the map lays the grid, and by the map alone."""
-    networks = {how: trained(how, grid_of(model), work) for how in SPACING_MM}
+    atlas = grid_of(model)
+    networks = {how: trained(how, atlas, work) for how in SPACING_MM}
     still = replace(networks["atlas"], networks=regseg.networks_for(len(names())))
     cases = []
     for pair in json.loads(PAIRS.read_text(encoding="utf-8")):

@@ -291,7 +291,7 @@ def calibration(model: Model) -> dict:
     return {"rank_correlation": round(float(np.corrcoef(*ranks)[0, 1]), 3), "bins": rows, "cases": cases}
 
 
-def _mask(found: Found, exam: Exam) -> np.ndarray:
+def mask_of(found: Found, exam: Exam) -> np.ndarray:
     """Of a structure, empty where it is absent."""
     return np.zeros(exam.shape, bool) if found.mask is None else found.mask
 
@@ -326,7 +326,7 @@ def votes(model: Model) -> dict:
         for structure, number in names().items():
             truth = labels.array == number
             if truth.any() and name not in faulty().get(structure, []):
-                scores = {way: dice(_mask(found[structure], exam), truth) for way, found in ways.items()}
+                scores = {way: dice(mask_of(found[structure], exam), truth) for way, found in ways.items()}
                 cases.append({"exam": name, "structure": structure} | {way: round(d, 4) for way, d in scores.items()})
     table = {
         structure: {

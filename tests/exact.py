@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deepatlas import grid
+from deepatlas.atlas import REGION_NODES, Region
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import NetworkConfig
@@ -53,6 +54,13 @@ def blank() -> Model:
         seed_exam="seed",
         structures={},
     )
+
+
+def cube_between(low_mm, high_mm, name: str) -> Region:
+    """A region between two places of the seed exam."""
+    to_atlas = np.linalg.inv(FRAME @ np.diag([1 / MARGIN] * 3 + [1.0]))
+    box = torch.from_numpy(apply(to_atlas, np.stack([low_mm, high_mm]))).float()
+    return Region(name, box, torch.ones(*(REGION_NODES,) * 3).bool())
 
 
 def unmoved(places: np.ndarray) -> np.ndarray:

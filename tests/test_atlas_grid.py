@@ -6,24 +6,21 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from deepatlas import atlas_grid, checkpoint, common_grid, files, regseg
-from deepatlas.atlas import REGION_NODES, Region
 from deepatlas.atlas_grid import AtlasGrid
-from deepatlas.checkpoint import MARGIN
 from deepatlas.config import REGSEG_CT, NetworkConfig
 from deepatlas.errors import ExamError, RegionError
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.volume import Volume, apply
 from exact import (
     CENTRE,
-    FRAME,
     OTHER,
     affine_of,
     balls,
     bent,
     blank,
+    cube_between,
     exact,
     moved_by,
     places_of,
@@ -39,21 +36,15 @@ STRETCH = affine_of(rotated((-8, 5, 12)) @ np.diag([1.1, 0.95, 1.05]), (6, -9, 1
 """The moving patient's mm → the seed patient's."""
 SHORT = {"low": (-110, -120, -110), "high": (130, 80, 35)}
 """A field of view that ends within the region."""
+TRUNK = cube_between(LOW, HIGH, "trunk")
 SCALING = "-150:150"
-
-
-def cube(low=LOW, high=HIGH) -> Region:
-    """A region between two places of the seed exam."""
-    to_atlas = np.linalg.inv(FRAME @ np.diag([1 / MARGIN] * 3 + [1.0]))
-    box = torch.from_numpy(apply(to_atlas, np.stack([low, high]))).float()
-    return Region("trunk", box, torch.ones(*(REGION_NODES,) * 3).bool())
 
 
 @pytest.fixture
 def laid(monkeypatch) -> AtlasGrid:
     """A map that knows every patient's truth: exams with spacings of 4 mm show the moving one."""
     monkeypatch.setattr(atlas_grid, "embed", lambda model, exam: exact(model, exam, body=body_of(exam)))
-    return AtlasGrid.of(blank().with_regions(cube()), "trunk")
+    return AtlasGrid.of(blank().with_regions(TRUNK), "trunk")
 
 
 def body_of(exam: Volume):
@@ -107,7 +98,7 @@ def test_a_registration_and_a_segmentation_are_in_the_places_of_the_images_thems
 @pytest.mark.parametrize("fov", [{}, SHORT])
 def test_a_bent_body_is_laid_by_its_map_and_not_by_an_affine_map_alone(monkeypatch, fov):
     monkeypatch.setattr(atlas_grid, "embed", lambda model, exam: exact(model, exam, body=bent))
-    laid = AtlasGrid.of(blank().with_regions(cube()), "trunk")
+    laid = AtlasGrid.of(blank().with_regions(TRUNK), "trunk")
     frame = laid.frame(5.0, SCALING)
     exam = scan((4, 4, 4), (10, -5, 8), body=bent, **fov)[0]
     pose = laid.pose(exam, frame)
@@ -132,7 +123,7 @@ def test_a_bent_body_is_laid_by_its_map_and_not_by_an_affine_map_alone(monkeypat
 
 def test_it_is_kept_with_the_model_and_knows_one_region_alone(laid, tmp_path):
     network = CoordinateNetwork(NetworkConfig(size=16, widths=(8, 16), head_channels=8))
-    model = replace(laid.model, network=network).with_regions(cube(), replace(cube(), name="other"))
+    model = replace(laid.model, network=network).with_regions(TRUNK, replace(TRUNK, name="other"))
     frame = laid.frame(5.0, SCALING)
     kept = regseg.Model(regseg.networks_for(2), frame, {"a": 1, "b": 2}, laid=AtlasGrid.of(model, "trunk"))
     regseg.save(kept, tmp_path / "model")
@@ -154,6 +145,9 @@ def test_what_cannot_be_laid_is_refused(laid):
     legs, _ = scan((6, 6, 6), high=(130, 80, -40))
     with pytest.raises(ExamError, match="trunk, but it shows 0%"):
         laid.pose(legs, laid.frame(5.0))
+    for given, why in (([("legs", legs, None)], "shows 0%"), ([], "there are none")):
+        with pytest.raises(ExamError, match=f"none can be used.*{why}"):
+            laid.cases(given, laid.frame(5.0), (1,))
 
 
 def test_the_command_line_trains_on_the_atlas_and_leaves_out_what_does_not_show_the_region(laid, call, tmp_path):

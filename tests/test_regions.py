@@ -42,6 +42,7 @@ from exact import (
     balls,
     bent,
     blank,
+    cube_between,
     dice,
     exact,
     in_body,
@@ -70,8 +71,7 @@ def model() -> Model:
 
 def cube(low_mm: np.ndarray = LOW, high_mm: np.ndarray = HIGH, name: str = "cube") -> Region:
     """A region between two places of the seed exam."""
-    box = torch.from_numpy(apply(np.linalg.inv(ATLAS_TO_MM), np.stack([low_mm, high_mm]))).float()
-    return Region(name, box, torch.ones(*(REGION_NODES,) * 3).bool())
+    return cube_between(low_mm, high_mm, name)
 
 
 def limits_mm(region: Region) -> np.ndarray:

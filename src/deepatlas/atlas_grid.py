@@ -5,6 +5,7 @@ well as the map knows, however they were cut; what one of them does not show is 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import torch
 
 from deepatlas import checkpoint, places, regions, register
 from deepatlas.atlas import Region
-from deepatlas.common_grid import HALVINGS, LARGEST_GRID, Frame, Pose
-from deepatlas.errors import ExamError, RegionError
+from deepatlas.common_grid import HALVINGS, LARGEST_GRID, Cases, Frame, Pose, cases_of, joined
+from deepatlas.errors import ExamError, LabelError, RegionError
 from deepatlas.locate import embed
 from deepatlas.transforms import Transform
 from deepatlas.volume import Volume, apply
@@ -86,6 +87,30 @@ class AtlasGrid:
         there = Transform(to_mm, shift(found.points_mm - here, within), np.eye(4))
         inside &= places.in_patient(embedded, here)
         return Pose(there, Transform(np.linalg.inv(to_mm), shift(index - nodes, inside), to_mm))
+
+    def cases(
+        self, images: Iterable[tuple[str, Volume, Volume | None]], frame: Frame, numbers: tuple[int, ...]
+    ) -> tuple[Cases, dict[str, str]]:
+        """Images on the grid, taken one by one, as full images may not fit in memory; and why others were left out.
+
+        Args:
+            images: name, image, and its labels if it has any.
+            numbers: as for `common_grid.cases_of`.
+
+        Raises:
+            ExamError: none of them lies on the region.
+        """
+        parts, left = [], {}
+        for name, image, labels in images:
+            maps = {} if labels is None else {name: labels}
+            try:
+                parts.append(cases_of({name: image}, maps, frame, numbers, {name: self.pose(image, frame)}))
+            except (ExamError, LabelError) as error:
+                left[name] = str(error)
+        if not parts:
+            why = next(iter(left.values()), "there are none.")
+            raise ExamError(f"Expected images of {self.region.name}, but none can be used; the first: {why}")
+        return joined(parts), left
 
 
 def save(laid: AtlasGrid, folder: Path, half: bool = False) -> None:

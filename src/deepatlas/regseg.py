@@ -243,8 +243,8 @@ class Model:
     """Name of each class → its number in label maps, in the order of the network's answers."""
     name: str = "regseg"
     laid: Template | AtlasGrid | None = None
-    """What images are laid onto: a mean of images by whole nodes, a region of an atlas by an affine map; None: middle
-    on middle."""
+    """What images are laid onto: a mean of images by whole nodes, a region of an atlas by its map; None: middle on
+    middle."""
 
     def place(self, volume: Volume) -> Placed:
         """An image on the grid.
@@ -382,7 +382,8 @@ class Run:
         return self.learn(0, registration_terms(self.networks, *self.pair(stage, step), settings))
 
     def segmentation_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
-        """F learns, R is held: from labelled images drawn freely, and from pairs drawn as R knows them."""
+        """F learns, R is held: from labelled images drawn freely, from pairs drawn as R knows them, and from labelled
+        images in the shape and tone of others."""
         chance = self.chance(stage, step, 1)
         free = self.view(_some(self.drawn, settings.batch, chance), chance)
         terms = segmentation_terms(self.networks, free, free, settings)

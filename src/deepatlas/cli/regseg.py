@@ -11,6 +11,8 @@ from deepatlas.cli.speech import counting, each_exam, training
 from deepatlas.errors import ExamError, LabelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from deepatlas.atlas_grid import AtlasGrid
     from deepatlas.common_grid import Cases, Frame
     from deepatlas.volume import Volume
@@ -116,30 +118,22 @@ def _placed(
     numbers: tuple[int, ...],
     atlas: "AtlasGrid | None",
 ) -> "Cases":
-    """All images on the grid; those that do not lie on the region of an atlas are named and left out.
-
-    They are read one by one, as full images may not fit in memory.
-    """
+    """All images on the grid, read one by one; those that do not lie on the region of an atlas are named."""
     from deepatlas import common_grid, files
 
-    parts, unlike = [], []
-    with counting("Reading") as count:
+    def read(count) -> "Iterator[tuple[str, Volume, Volume | None]]":
         for done, (name, path) in enumerate(paths.items(), start=1):
-            image = files.read_image(path)
-            maps = {name: files.read_labels(drawn[name])} if name in drawn else {}
-            try:
-                pose = {name: atlas.pose(image, frame)} if atlas else None
-                parts.append(common_grid.cases_of({name: image}, maps, frame, numbers, pose))
-            except (ExamError, LabelError) as error:
-                if not atlas:
-                    raise
-                unlike.append(f"{name} is left out: {error}")
+            yield name, files.read_image(path), files.read_labels(drawn[name]) if name in drawn else None
             count(done, len(paths), name)
-    for line in unlike:
-        typer.echo(line, err=True)
-    if not parts:
-        raise ExamError(f"Expected images of {atlas.region.name}, but none shows it; choose another --roi.")
-    return common_grid.joined(parts)
+
+    with counting("Reading") as count:
+        if not atlas:
+            parts = (({name: image}, {name: labels} if labels else {}) for name, image, labels in read(count))
+            return common_grid.joined([common_grid.cases_of(*part, frame, numbers) for part in parts])
+        cases, left = atlas.cases(read(count), frame, numbers)
+    for name, why in left.items():
+        typer.echo(f"{name} is left out: {why}", err=True)
+    return cases
 
 
 def register(
