@@ -461,6 +461,8 @@ def test_pretrain_refuses_what_it_cannot_do(call, work):
     refused(call("pretrain", "-c", work / "none.h5", "-o", work / "model"), "none.h5")
     refused(call(*arguments, "--from", work / "nowhere"), "nowhere")
     refused(call(*arguments, "--device", "warp"), "warp", "cpu")
+    assert call(*arguments, "--labels", work / "labels")[0] == 2
+    assert call(*arguments, "--in-part", "cord")[0] == 2
 
 
 def test_pretrain_writes_a_model_and_can_be_resumed(call, work, monkeypatch):
@@ -489,6 +491,10 @@ def test_pretrain_writes_a_model_and_can_be_resumed(call, work, monkeypatch):
     refused(call(*arguments, "--seed-exam", "two"), "--resume")
     assert call(*arguments, "--seed-exam", "two", "--resume")[0] == 0
     assert logging.getLogger("deepatlas").handlers == []
+    arguments[4] = work / "joint"
+    refused(call(*arguments, "--labels", work / "labels", "--names", work / "none.json"), "none.json")
+    code, out, _ = call(*arguments, "--labels", work / "labels", "--names", work / "labels.json")
+    assert (code, "Labels: " in out) == (0, True)
 
 
 def test_the_demo_says_what_it_does_and_found(call, work, monkeypatch):

@@ -7,6 +7,7 @@ from deepatlas import grid
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.config import Fitting, Weights
 from deepatlas.fitting import fit
+from deepatlas.masks import Masks
 from deepatlas.objective import Atlas, Exams
 
 SIZE = 20
@@ -51,8 +52,27 @@ def test_every_exam_of_a_batch_keeps_its_own_best(scene):
     exam, atlas, autoencoder = scene
     truth = grid.identity((SIZE,) * 3)
     start = torch.cat([truth, (truth + 0.07).clamp(-1, 1)])
-    both = Exams(*(part.expand(2, *part.shape[1:]) for part in exam))
+    both = Exams(*(part.expand(2, *part.shape[1:]) for part in exam[:3]))
     found = fit(start, both, atlas, autoencoder, Weights(window=8), HOW)
     alone = fit(start[1:], exam, atlas, autoencoder, Weights(window=8), HOW)
     assert torch.allclose(found.residual[1], alone.residual[0], atol=2e-3)
     assert found.residual[0].abs().max() < 0.02
+
+
+def test_a_drawn_structure_is_matched_where_the_image_says_nothing(scene):
+    exam, atlas, autoencoder = scene
+    where = grid.identity((SIZE,) * 3)
+    shift = torch.tensor([0.15, 0.0, 0.0]).view(1, 3, 1, 1, 1)
+    blank = torch.full_like(exam.image, 0.5)
+    number = (where.norm(dim=1) < 0.35).to(torch.uint8)
+    known = torch.tensor([-torch.inf, torch.inf]).view(1, 1, 2)
+    drawn = Masks(number, where[:, 2], known, torch.ones_like(number, dtype=torch.bool))
+    soft = ((where - shift).norm(dim=1, keepdim=True) < 0.35).float()
+    flat = Atlas(torch.full_like(atlas.image, 0.5), atlas.mm_per_atlas, soft)
+    found = fit(where, exam._replace(image=blank, masks=drawn), flat, autoencoder, Weights(window=8, labels=1), HOW)
+    middle = found.residual[0, 0][number[0] > 0].mean()
+    assert float(middle) == pytest.approx(0.15, abs=0.04)
+    assert float(found.labels) < 0.2
+    silent = fit(where, exam._replace(image=blank), flat, autoencoder, Weights(window=8, labels=1), HOW)
+    assert float(silent.residual.abs().max()) < 0.01
+    assert float(silent.labels) == 0

@@ -338,3 +338,20 @@ def test_overlap_is_blind_beyond_the_mask():
     assert (gradient[mask] != 0).any()
     assert apart(torch.where(mask, a, 7.0), b, mask) == apart(a, b, mask)
     assert apart(a, b, torch.zeros_like(mask)) == 0
+
+
+def test_the_error_of_labels_is_relative_to_what_is_drawn():
+    inside = torch.zeros(3, 2, 4, 4, 4, dtype=torch.float64)
+    inside[:, 0, :2] = 1
+    inside[0, 1, 0, 0, :3] = 1
+    known = torch.ones(3, 2, 4, 4, 4, dtype=torch.bool)
+    known[1, 1] = known[2] = False
+    assert losses.label_error(inside, inside, known).tolist() == [0, 0, 0]
+    assert losses.label_error(torch.zeros_like(inside), inside, known).tolist() == [1, 1, 0]
+    elsewhere = inside.flip(2)
+    elsewhere[0, 1] = inside[0, 1].roll(1, dims=0)
+    assert losses.label_error(elsewhere, inside, known).tolist() == [2, 2, 0]
+    assert losses.label_error(0.5 * inside, inside, known).tolist() == [0.25, 0.25, 0]
+    half = known.clone()
+    half[0, :, 1:] = False
+    assert float(losses.label_error(elsewhere, inside, half)[0]) == 1  # what lies elsewhere is not known to be wrong

@@ -16,7 +16,7 @@ SOURCE = Path(deepatlas.__file__).parent
 ORDER = [
     *("errors", "shapes", "config", "machine"),
     *("kernels_cpu", "kernels_gpu", "grid", "affine", "warp", "losses", "augment", "metrics"),
-    *("volume", "dicom", "phantom", "files", "markups", "prepare", "transforms", "common_grid", "store"),
+    *("volume", "dicom", "phantom", "files", "markups", "prepare", "transforms", "common_grid", "store", "masks"),
     *("networks", "autoencoder", "tissue", "atlas", "checkpoint"),
     *("distributed", "loop", "objective", "fitting", "pretrain", "finetune"),
     *(
@@ -41,7 +41,7 @@ ORDER = [
     ),
     *("cli", "__main__"),
 ]
-EXAMS = {"volume", "dicom", "phantom", "files", "markups", "prepare", "transforms", "common_grid", "store"}
+EXAMS = {"volume", "dicom", "phantom", "files", "markups", "prepare", "transforms", "common_grid", "store", "masks"}
 MODELS = {"networks", "autoencoder", "tissue", "atlas", "checkpoint"}
 DOOR = {"cli", "__main__", "__init__"}  # loads the rooms when they are asked for, so it answers for itself
 

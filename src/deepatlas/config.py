@@ -49,6 +49,8 @@ class Weights:
     smooth_implicit: float = 0.3
     unsolved: float = 0.3
     """Of the residual that the implicit solve leaves, in voxels: leaving it out would reward insoluble maps."""
+    labels: float = 0.3
+    """Of the structures drawn on the exams, in either registration, where a training is given any (§5.1.5)."""
 
 
 @dataclass(frozen=True)
@@ -312,4 +314,14 @@ FINER = replace(
 )
 """For crops of a region, from the model that cut them (`deepatlas.cascade`)."""
 
-PRESETS = {preset.name: preset for preset in (PAPER, CPU, DEMO, FINER)}
+JOINT = replace(
+    CPU,
+    name="joint",
+    consolidation=(
+        ConsolidationStage(Fitting(steps=20, nodes=14, learned=False, window=8, atlas_steps=0), steps=1600, borrow=0.5),
+    ),
+    weights=Weights(labels=1.0),
+)
+"""For going on from a trained model with the label maps of some exams (§5.1.5)."""
+
+PRESETS = {preset.name: preset for preset in (PAPER, CPU, DEMO, FINER, JOINT)}

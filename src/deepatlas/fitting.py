@@ -19,12 +19,14 @@ from deepatlas.shapes import Affine, Coordinates, Features
 
 
 class Fitted(NamedTuple):
-    """The residuals found, and the loss of every exam before and after."""
+    """The residuals found, and per exam the loss before and after."""
 
     residual: Coordinates
     """(batch, 3, i, j, k) on the exams' grid, atlas units: to be added to the maps."""
     before: Tensor
     after: Tensor
+    labels: Tensor
+    """How far drawn structures are still off; 0 where none are given."""
 
 
 def fit(
@@ -34,7 +36,7 @@ def fit(
 
     Args:
         c_atlas: maps to start from, on the exams' grid.
-        exams: images on the grid they are compared on.
+        exams: images on the grid they are compared on; with masks, where the fit is to the atlas's masks as well.
 
     Source: ours, on §5.1.2 (eq. 3).
     """
@@ -48,20 +50,25 @@ def fit(
     optimiser = torch.optim.Adam([control], lr=how.rate)
     best, before = control.detach().clone(), None
     lowest = torch.full((len(start),), torch.inf, device=start.device)
+    off = torch.zeros_like(lowest)
     for step in range(how.steps + 1):
         moved = start + grid.spline(control, shape)
         terms = explicit_terms(moved, exams, atlas, describe, target, weights.window, compared)
         loss = (
-            weights.explicit * terms.similarity + weights.edges * terms.edges + weights.smooth_explicit * terms.smooth
+            weights.explicit * terms.similarity
+            + weights.edges * terms.edges
+            + weights.smooth_explicit * terms.smooth
+            + weights.labels * terms.labels
         )
         better = loss.detach() < lowest
         lowest = torch.where(better, loss.detach(), lowest)
+        off = torch.where(better, terms.labels.detach(), off)
         best = torch.where(better.view(-1, 1, 1, 1, 1), control.detach(), best)
         before = loss.detach() if before is None else before
         if step < how.steps:
             (control.grad,) = torch.autograd.grad(loss.sum(), control)
             optimiser.step()
-    return Fitted(grid.spline(best, shape), before, lowest)
+    return Fitted(grid.spline(best, shape), before, lowest, off)
 
 
 def carried(field: Features, to_field_box: Affine, shape: tuple[int, int, int]) -> Features:

@@ -96,7 +96,7 @@ COSTS = {
 
 LOG_COLUMNS = (
     *("stage", "step", "seconds", "loss", "rms_mm", "explicit", "implicit", "edges", "smooth_explicit"),
-    *("smooth_implicit", "unsolved", "folded", "converged", "gradient"),
+    *("smooth_implicit", "unsolved", "labels", "folded", "converged", "gradient"),
     *("s_augment", "s_network", "s_objective", "s_backward"),
 )
 

@@ -5,7 +5,7 @@ Source: §5.1.3 to §5.1.6; bending energy and overlap: the 2019 system.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deepatlas import grid, kernels_cpu
@@ -188,6 +188,28 @@ def roughness(
     mean = masked_mean(log_det, mask).view(-1, 1, 1, 1, 1)
     rough = masked_mean(huber(log_det - mean) + huber(log_shear), mask)
     return rough, masked_mean((det <= 0).to(det.dtype), mask)
+
+
+def label_error(
+    moved: Float[Tensor, "batch structure i j k"],
+    inside: Float[Tensor, "batch structure i j k"],
+    known: Bool[Tensor, "batch structure i j k"],
+) -> Float[Tensor, "batch"]:
+    """Squared error of warped masks relative to the size of the drawn ones, averaged over the structures drawn.
+
+    0 where all is right, 1 where nothing is found, 2 where it is found elsewhere: a cord counts as much as a mandible.
+
+    Args:
+        moved: masks, 0 ... 1, as a warp lays them.
+        inside: the drawn ones.
+        known: where they are known, see `deepatlas.masks`.
+
+    Source: §5.1.5 (MSE); per structure, because an average over all voxels would forget the small ones.
+    """
+    error = torch.where(known, moved - inside, 0.0).square().flatten(2).sum(dim=2)
+    size = torch.where(known, inside, 0.0).flatten(2).sum(dim=2)
+    drawn = (size > 0).to(error)
+    return (error / size.clamp_min(1) * drawn).sum(dim=1) / drawn.sum(dim=1).clamp_min(1)
 
 
 def bending_energy(shift: Coordinates) -> Float[Tensor, "batch"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from deepatlas import grid, losses, warp
 from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.config import Weights
+from deepatlas.masks import Masks
 from deepatlas.shapes import Coordinates, Features, Image, Mask
 
 
@@ -24,6 +25,8 @@ class Exams(NamedTuple):
     """Where the exam shows the patient and the network could see it."""
     mm_per_box: Float[Tensor, "batch 3 3"]
     """Linear part of box → mm, augmentation included: Jacobians are taken from mm to mm."""
+    masks: Masks | None = None
+    """What is drawn on them, in joint training."""
 
 
 class Atlas(NamedTuple):
@@ -32,6 +35,8 @@ class Atlas(NamedTuple):
     image: Float[Tensor, "1 1 i j k"]
     mm_per_atlas: Float[Tensor, "1 3 3"]
     """Linear part of atlas → mm of the seed exam."""
+    masks: Float[Tensor, "1 structure x y z"] | None = None
+    """The same structures in the atlas, in joint training: the further channels of X′ (eq. 13)."""
 
 
 class Terms(NamedTuple):
@@ -45,6 +50,8 @@ class Terms(NamedTuple):
     smooth_explicit: Tensor
     smooth_implicit: Tensor
     unsolved: Tensor
+    labels: Tensor
+    """How far drawn structures are off in both registrations; 0 where none are given."""
     folded: Tensor
     """Share of foreground voxels with det ≤ 0 in Φ_E."""
     converged: Tensor
@@ -63,6 +70,7 @@ def objective(c_atlas: Coordinates, exams: Exams, atlas: Atlas, autoencoder: Aut
         "smooth_explicit": explicit.smooth.mean(),
         "smooth_implicit": _mean(implicit.smooth, implicit.overlap),
         "unsolved": _mean(implicit.unsolved, implicit.overlap),
+        "labels": explicit.labels.mean() + _mean(implicit.labels, implicit.overlap),
     }
     loss = sum(getattr(weights, name) * value for name, value in terms.items())
     return Terms(
@@ -77,6 +85,7 @@ class Explicit(NamedTuple):
     edges: Tensor
     smooth: Tensor
     folded: Tensor
+    labels: Tensor
 
 
 def explicit_terms(
@@ -96,7 +105,10 @@ def explicit_terms(
     compared = exams.foreground if compared is None else compared
     similarity, edges = _similarity(autoencoder, moved, target, compared, window)
     smooth, folded = losses.smoothness(c_atlas, atlas.mm_per_atlas, exams.mm_per_box, exams.foreground)
-    return Explicit(similarity, edges, smooth, folded)
+    labels = torch.zeros_like(similarity)
+    if exams.masks is not None:
+        labels = label_errors(atlas, c_atlas, exams.masks)
+    return Explicit(similarity, edges, smooth, folded, labels)
 
 
 def cut_off(c_atlas: Coordinates, foreground: Mask, atlas: Image) -> Mask:
@@ -119,6 +131,7 @@ class ImplicitTerms(NamedTuple):
     similarity: Tensor
     edges: Tensor
     smooth: Tensor
+    labels: Tensor
     unsolved: Tensor
     converged: Tensor
     overlap: Tensor
@@ -150,7 +163,12 @@ def implicit_terms(
     unsolved = _unsolved(c_p, c_atlas, found, foreground_p, exams.foreground)
     solved, reachable, whole = (m.flatten(1).sum(dim=1) for m in (found.valid, found.reachable, exams.foreground))
     overlap = (reachable > LEAST_OVERLAP * whole).to(similarity.dtype)
-    return ImplicitTerms(similarity, edges, smooth, unsolved, solved / reachable.clamp_min(1), overlap)
+    labels = torch.zeros_like(similarity)
+    if exams.masks is not None:
+        inside, known = exams.masks.inside(), exams.masks.known()
+        both = known & (grid.sample(partner(known.to(inside)), found.phi_box.detach()) > 0.5) & found.valid
+        labels = losses.label_error(grid.sample(partner(inside), found.phi_box), inside, both)
+    return ImplicitTerms(similarity, edges, smooth, labels, unsolved, solved / reachable.clamp_min(1), overlap)
 
 
 class Target(NamedTuple):
@@ -178,6 +196,16 @@ def _warp_atlas(atlas: Atlas, c_atlas: Coordinates) -> tuple[Image, Features]:
     coarse = grid.resize(atlas.image, shape)
     edges = losses.prewitt(coarse, spacing_mm(atlas.mm_per_atlas, coarse))
     return grid.sample(atlas.image, c_atlas), grid.sample(edges, c_atlas)
+
+
+def label_errors(atlas: Atlas, c_atlas: Coordinates, masks: Masks) -> Float[Tensor, "batch"]:
+    """The further channels of ``X′ ∘ Φ_E ~ x′_n``, near what is drawn. Source: eq. 13."""
+    errors = []
+    for exam, near in enumerate(masks.near()):
+        there, drawn = c_atlas[exam : exam + 1].flatten(2)[:, :, near], masks.points(exam, near)
+        moved = grid.sample(atlas.masks, there[:, :, None, None])
+        errors.append(losses.label_error(moved, drawn.inside(), drawn.known()))
+    return torch.cat(errors)
 
 
 def _similarity(autoencoder, moved: tuple[Image, Features], target: Target, mask: Tensor, window: int | None):

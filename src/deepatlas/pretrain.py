@@ -2,7 +2,7 @@
 
 autoencoder → template warm start → each level coarse to fine, each beginning as a copy of the one above (§5.2.3,
 §5.2.5, §5.2.6, §5.3.2). Chance is keyed by stage and step, so a training that was stopped continues to the bit.
-No label is read here.
+No label is read here; joint training (§5.1.5) is handed what `deepatlas.masks` read.
 """
 
 import json
@@ -38,9 +38,19 @@ from deepatlas.loop import (
     tensors_of,
 )
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
+from deepatlas.masks import LabelMaps, Masks
 from deepatlas.networks import CoordinateNetwork
-from deepatlas.objective import Atlas, Exams, autoencoder_features, explicit_terms, likeness, objective
+from deepatlas.objective import (
+    Atlas,
+    Exams,
+    autoencoder_features,
+    explicit_terms,
+    label_errors,
+    likeness,
+    objective,
+)
 from deepatlas.prepare import Prepared, window
+from deepatlas.shapes import Coordinates
 from deepatlas.store import Cohort
 
 LOG = logging.getLogger(__name__)
@@ -72,6 +82,8 @@ class Cohorted(NamedTuple):
     fine: Fine | None = None
     start: Tensor | None = None
     """Of crops, the maps that the model above gives them: (exam, 3, m, m, m), see `deepatlas.store.CohortArrays`."""
+    labels: LabelMaps | None = None
+    """What is drawn on the exams, on the finest arrays there are; in joint training alone."""
 
     @property
     def finest(self) -> int:
@@ -85,7 +97,15 @@ class Cohorted(NamedTuple):
         foreground, box_to_mm = ((fine or self).foreground[exams], (fine or self).box_to_mm[exams])
         shape = (size,) * 3
         seen = grid.resize(foreground.to(image), shape) > 0.5
-        return Exams(grid.shrink(image, shape), seen, box_to_mm[:, :3, :3].to(image)), box_to_mm
+        masks = self.masks(exams, grid.identity(shape, device=image.device), box_to_mm)
+        return Exams(grid.shrink(image, shape), seen, box_to_mm[:, :3, :3].to(image), masks), box_to_mm
+
+    def masks(self, exams: list[int], places_box: Coordinates, box_to_mm: Tensor) -> Masks | None:
+        """What is drawn at places in boxes of exams, where anything is."""
+        if self.labels is None:
+            return None
+        to_finest = torch.linalg.inv((self.fine or self).box_to_mm[exams]) @ box_to_mm
+        return self.labels.at(exams, affine.apply(to_finest.to(places_box), places_box))
 
 
 class View(NamedTuple):
@@ -97,6 +117,7 @@ class View(NamedTuple):
     mm_per_box: Tensor
     places_box: Tensor
     """Where every voxel lies in its exam's box."""
+    masks: Masks | None
 
 
 def pretrain(
@@ -108,6 +129,7 @@ def pretrain(
     resume: bool = False,
     device: str = "cpu",
     on_progress: Callable[[Progress], None] | None = None,
+    labels: LabelMaps | None = None,
 ) -> Model:
     """Train a map and write it as a model folder.
 
@@ -120,21 +142,24 @@ def pretrain(
             trained.
         resume: continue a training that was stopped; to the bit on a CPU with the same number of threads.
         on_progress: called every few steps.
+        labels: structures drawn on exams of the cohort, for joint training; see `deepatlas.masks.read`. The model's
+            library is not made of them: that is what `deepatlas.locate.define` does.
 
     Raises:
         CohortError: too few exams, another preparation than the model's, or an unknown seed exam.
         ModelError: nothing to resume, or another preset or cohort than the one it was begun with.
 
-    Source: §5.2.3, §5.2.5, §5.2.6, §5.3.2.
+    Source: §5.2.3, §5.2.5, §5.2.6, §5.3.2; §5.1.5 with labels.
     """
     base = checkpoint.load(start_from) if start_from else None
     if base is not None and _holds_crops(cohort):  # a finer model is of the size of the one above it
         preset = replace(preset, network=base.network.config)
-    data = _load(cohort, preset, device)
+    data = _load(cohort, preset, device, labels)
     training = out / "training"
     check_folder(out, resume)
     run = Run.begin(data, preset, seed_exam, base, device)
     settings = {"preset": asdict(preset), "exams": data.names, "seed_exam": run.seed_name, "--from": _frame(base)}
+    settings["--labels"] = None if labels is None else str(labels)
     settings = json.loads(json.dumps(settings))
     training.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
@@ -213,6 +238,9 @@ class Run:
         """What the model knows beside its map, of a training that goes on in the same frame."""
         self.begun_by_crops = data.start is not None
         """Maps come from the cohort until the network has learned some."""
+        structures = len(data.labels.names) if data.labels else 0
+        self.masks = torch.nn.Parameter(torch.zeros(1, structures, *(3 * preset.atlas_size // 4,) * 3, device=device))
+        """The structures of joint training in the atlas; made from the maps where a stage begins."""
         self.level = self.network.coarsest
         self.optimiser: torch.optim.Adam | None = None
         self.from_model = False
@@ -314,10 +342,11 @@ class Run:
         for parameter in self.autoencoder.parameters():
             parameter.requires_grad_(name == "autoencoder")
         if name.startswith("level"):
-            trained.append(self.atlas)
+            trained += [self.atlas, self.masks]
             before, self.level = self.level, self._level_of(number)
             if before != self.level:
                 LOG.info("%s begins %.3f voxels from the level above", name, self._jump(before, self.level))
+            self._lay_masks(list(range(len(self.data.names))), lambda exam: self._predicted([exam], number))
         if name.startswith("fitting"):
             trained = [self.atlas]
         if name.startswith("consolidation"):
@@ -335,6 +364,7 @@ class Run:
                     c_atlas = self._predicted([exam], number)
                     self.targets[[exam]] = grid.resize(c_atlas, finest).clamp(-0.999, 0.999)
                 self.atlas.data.copy_(self.mean_atlas(learned_from))
+                self._lay_masks(learned_from, lambda exam: self.targets[[exam]])
         exams = learned_from[step * self.preset.batch : (step + 1) * self.preset.batch]
         how, shape = stage.fitting, (stage.fitting.size,) * 3
         views, box_to_mm = self.data.views(exams, how.size)
@@ -342,20 +372,23 @@ class Run:
         with torch.no_grad():
             c_atlas = self._predicted(exams, number)
             start = carried(c_atlas, to_coarse, shape)
-        weights, mm_per_atlas = self.preset.weights, self._mm_per_atlas()
-        found = fit(start, views, Atlas(self.atlas.detach(), mm_per_atlas), self.autoencoder, weights, how)
+        weights, atlas = self.preset.weights, Atlas(self.atlas, self._mm_per_atlas(), self.masks.detach())
+        found = fit(start, views, atlas._replace(image=self.atlas.detach()), self.autoencoder, weights, how)
         fitted = start + found.residual
         describe = self.autoencoder if how.learned else Intensities()
         target = autoencoder_features(describe, views.image, views.mm_per_box)
         for _ in range(stage.fitting.atlas_steps):
-            terms = explicit_terms(fitted, views, Atlas(self.atlas, mm_per_atlas), describe, target, how.window)
+            terms = explicit_terms(fitted, views, atlas, describe, target, how.window)
             loss = (weights.explicit * terms.similarity + weights.edges * terms.edges).mean()
             self._descend(loss, self.network, ATLAS_RATE)
         moved = carried(found.residual, torch.linalg.inv(to_coarse), finest)
         self.targets[exams] = (grid.resize(c_atlas, finest) + moved).clamp(-0.999, 0.999)
-        if exams[-1] == learned_from[-1] and not how.atlas_steps:
-            self.atlas.data.copy_(self.mean_atlas(learned_from))
-        return {"loss": float(found.after.mean()), "explicit": float(found.before.mean())}
+        if exams[-1] == learned_from[-1]:
+            if not how.atlas_steps:
+                self.atlas.data.copy_(self.mean_atlas(learned_from))
+            self._lay_masks(learned_from, lambda exam: self.targets[[exam]])
+        terms = {"loss": found.after, "explicit": found.before, "labels": found.labels}
+        return {name: float(values.mean()) for name, values in terms.items()}
 
     def _predicted(self, exams: list[int], number: int) -> Tensor:
         """The network's maps; before it has seen any crop, those that the model above gives them."""
@@ -381,6 +414,25 @@ class Run:
         known = total[:, 1:] > 0.5
         return torch.where(known, total[:, :1] / total[:, 1:].clamp_min(0.5), self.atlas.detach())
 
+    @torch.no_grad()
+    def _lay_masks(self, exams: list[int], map_of: Callable[[int], Tensor]) -> None:
+        """Make the structures in the atlas anew: how often each is drawn on the exams that say anything there.
+
+        Source: eq. 14, as a mean of what is carried there instead of least squares.
+        """
+        if self.data.labels is None:
+            return
+        shape = tuple(self.masks.shape[2:])
+        inside, known = torch.zeros_like(self.masks), torch.zeros_like(self.masks)
+        for exam in exams:
+            views, box_to_mm = self.data.views([exam], min(self.data.finest, shape[0]))
+            to_coarse = torch.linalg.inv(self.data.box_to_mm[[exam]]) @ box_to_mm
+            places = carried(map_of(exam), to_coarse, tuple(views.image.shape[2:]))
+            drawn = views.masks.only(views.foreground)
+            known += grid.splat(drawn.known().to(inside), places, shape)
+            inside += grid.splat(drawn.inside() * drawn.known(), places, shape)
+        self.masks.data.copy_(inside / known.clamp_min(0.5))
+
     def _consolidation_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
         """The fitted maps, bent and turned with the exams, as targets of the finest level."""
         learned_from, chance = self.learned_from(stage), self._chance(number, step)
@@ -392,12 +444,18 @@ class Run:
         shape = tuple(self.targets.shape[2:])
         truth = grid.sample(self.targets[exams], grid.resize(view.places_box, shape))
         weight = grid.resize(view.foreground.float(), shape)
-        gap_mm = torch.einsum("bac,bcijk->baijk", self._mm_per_atlas(), self.maps(view.seen, 0) - truth)
+        c_atlas = self.maps(view.seen, 0)
+        gap_mm = torch.einsum("bac,bcijk->baijk", self._mm_per_atlas(), c_atlas - truth)
         distance = (gap_mm.square().sum(dim=1, keepdim=True) + 1.0).sqrt()  # robust: a fitted map can be wrong
         error = (distance * weight).sum() / weight.sum().clamp_min(1)
         rate = stage.rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / stage.steps)
-        norm = self._descend(0.05 * error, self.network, rate)
-        return {"loss": float(error.detach()), "rms_mm": float(error.detach()), "gradient": norm}
+        off = torch.zeros(())
+        if view.masks is not None:
+            fine = grid.resize(c_atlas, tuple(view.image.shape[2:]))
+            off = label_errors(Atlas(self.atlas, self._mm_per_atlas(), self.masks.detach()), fine, view.masks).mean()
+        norm = self._descend(0.05 * error + self.preset.weights.labels * off, self.network, rate)
+        error, off = float(error.detach()), float(off.detach())
+        return {"loss": error, "rms_mm": error, "labels": off, "gradient": norm}
 
     def _borrowed(self, exams: list[int], chance: Generator, probability: float) -> augment.Borrowed:
         """The views of random other exams, laid over these by the fitted maps."""
@@ -470,10 +528,12 @@ class Run:
         c_atlas = grid.resize(self.maps(view.seen, self.level), shape)
         clock.append(time.perf_counter())
         foreground = grid.resize(view.foreground.float(), shape) > 0.5
+        places = grid.resize(view.places_box, shape)
+        masks = self.data.masks(exams, places, self.data.box_to_mm[exams])
         terms = objective(
             c_atlas,
-            Exams(grid.shrink(view.image, shape), foreground, view.mm_per_box),
-            Atlas(self.atlas, self._mm_per_atlas()),
+            Exams(grid.shrink(view.image, shape), foreground, view.mm_per_box, masks and masks.only(foreground)),
+            Atlas(self.atlas, self._mm_per_atlas(), self.masks),
             self.autoencoder,
             self.preset.weights,
         )
@@ -543,7 +603,9 @@ class Run:
             lost |= grid.sample(borrowed.seen, places) < 0.5
         seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
         mm_per_box = box @ matrix[:, :3, :3]
-        return View(seen, image, foreground & ~lost, mm_per_box, places)
+        shown = foreground & ~lost
+        masks = self.data.masks(exams, places, self.data.box_to_mm[exams])
+        return View(seen, image, shown, mm_per_box, places, masks and masks.only(shown))
 
     def model(self) -> Model:
         """The model as it stands."""
@@ -563,6 +625,8 @@ class Run:
         tensors |= {f"autoencoder.{k}": v for k, v in self.autoencoder.state_dict().items()}
         tensors["atlas"] = self.atlas.detach()
         tensors["targets"] = self.targets
+        if self.data.labels is not None:
+            tensors["masks"] = self.masks.detach()
         return tensors | (tensors_of(self.optimiser, "adam.") if self.optimiser else {})
 
     def save(self, folder: Path, settings: dict, stage: int, step: int) -> None:
@@ -584,6 +648,8 @@ class Run:
         self.autoencoder.load_state_dict(checkpoint.under(tensors, "autoencoder."))
         self.atlas.data.copy_(tensors["atlas"])
         self.targets.copy_(tensors["targets"])
+        if self.data.labels is not None:
+            self.masks.data.copy_(tensors["masks"])
         return stage, step
 
 
@@ -599,7 +665,7 @@ def _holds_crops(path: Path) -> bool:
         return cohort.region.startswith(CUBE)
 
 
-def _load(path: Path, preset: Preset, device: str) -> Cohorted:
+def _load(path: Path, preset: Preset, device: str, labels: LabelMaps | None = None) -> Cohorted:
     with Cohort(path) as cohort:
         arrays = cohort.load()
         size, region = cohort.size, cohort.region
@@ -609,6 +675,11 @@ def _load(path: Path, preset: Preset, device: str) -> Cohorted:
     if size not in (wanted, 2 * preset.network.size):
         raise CohortError(
             f"{path} is prepared at {size}³, preset {preset.name!r} expects {wanted}³; prepare it with --size {wanted}."
+        )
+    if labels is not None and tuple(labels.maps.shape[:2]) != (len(arrays.names), size):
+        raise CohortError(
+            f"{path} holds {len(arrays.names)} exams at {size}³, the labels are of {len(labels.maps)} at "
+            f"{labels.maps.shape[1]}³; read them for this cohort."
         )
     names, hu, foreground = list(arrays.names), torch.from_numpy(arrays.hu), torch.from_numpy(arrays.foreground)
     box_to_mm, fine = torch.from_numpy(arrays.box_to_mm), None
@@ -621,7 +692,8 @@ def _load(path: Path, preset: Preset, device: str) -> Cohorted:
         )
     image = torch.from_numpy(window(hu.numpy()))[:, None].to(device)
     start = None if arrays.start is None else torch.from_numpy(arrays.start.astype(np.float32))
-    return Cohorted(names, image, foreground[:, None].to(device), box_to_mm, preset.network.size, region, fine, start)
+    seen = foreground[:, None].to(device)
+    return Cohorted(names, image, seen, box_to_mm, preset.network.size, region, fine, start, labels)
 
 
 def _batch(exams: int, batch: int, step: int, seed: int) -> list[int]:

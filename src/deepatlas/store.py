@@ -155,6 +155,10 @@ class Cohort:
             )
         return self._index[name]
 
+    def box_to_mm(self) -> np.ndarray:
+        """The boxes of all exams alone, (exam, 4, 4) float64."""
+        return np.asarray(self._file["box_to_mm"])
+
     def load(self) -> CohortArrays:
         """Everything, in memory, sorted by name."""
         arrays = {}

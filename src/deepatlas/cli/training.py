@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepatlas.cli.options import DeviceOption, ExamsOption
-from deepatlas.cli.reading import check_device, choice
+from deepatlas.cli.reading import check_device, choice, names_in, read_json, table_of_names
 from deepatlas.cli.speech import counting, end, training
 from deepatlas.errors import DeepAtlasError
 
@@ -71,17 +71,37 @@ def pretrain(
     seed_exam: Annotated[str | None, typer.Option(help="Exam that seeds the atlas; by default the widest.")] = None,
     start_from: Annotated[str | None, typer.Option("--from", help="Go on from this trained model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a training that was stopped.")] = False,
+    labels: Annotated[
+        Path | None, typer.Option("-l", "--labels", help="Label maps of some exams: learn from them as well.")
+    ] = None,
+    names: Annotated[Path | None, typer.Option(help='JSON, {"larynx": 6, ...}, of --labels.')] = None,
+    in_part: Annotated[
+        str | None, typer.Option(help="Structures drawn in part, a,b: nothing is known beyond their drawn slices.")
+    ] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help='JSON, {"larynx": ["exam", ...]}: labels known to be wrong.')
+    ] = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Learn the map from a cohort, without any label."""
-    from deepatlas import checkpoint
+    """Learn the map from a cohort, without any label; with --labels, jointly from images and labels."""
+    from deepatlas import checkpoint, masks
     from deepatlas.config import PRESETS
     from deepatlas.pretrain import pretrain as train
 
+    if (labels is None) != (names is None):
+        raise typer.BadParameter("labels need their table of names.", param_hint="--labels, --names")
+    if labels is None and (in_part or exclude):
+        raise typer.BadParameter("say something about labels; give --labels.", param_hint="--in-part, --exclude")
     preset = preset or ("cpu" if device == "cpu" else "paper")
     choice("--preset", preset, tuple(PRESETS))
     check_device(device)
     base = checkpoint.find(start_from) if start_from else None
+    drawn = None
+    if labels is not None:
+        faults = read_json(exclude, dict) if exclude else None
+        with counting("Reading labels") as count:
+            drawn = masks.read(cohort, labels, table_of_names(names, None), names_in(in_part), faults, count)
+        typer.echo(f"Labels: {drawn}.")
     with training() as report:
-        model = train(cohort, output, PRESETS[preset], seed_exam, base, resume, device, report)
+        model = train(cohort, output, PRESETS[preset], seed_exam, base, resume, device, report, drawn)
     typer.echo(f"{output}: trained with preset {preset} on seed exam {model.seed_exam}.")
