@@ -354,7 +354,7 @@ def test_a_view_shows_the_exam_where_it_says(cohort):
     run = begun(cohort)
     view = run._view([0, 2], run._chance(3, 1), bend=0.05)
     again = run._view([0, 2], run._chance(3, 1), bend=0.05)
-    assert all(torch.equal(one, other) for one, other in zip(view[:5], again[:5], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(view, again, strict=True))
     for other in (run._chance(3, 2), run._chance(2, 1), begun(cohort, seed=1)._chance(3, 1)):
         assert not torch.equal(run._view([0, 2], other, bend=0.05).image, view.image)
     assert ((view.seen >= 0) & (view.seen <= 1)).all()

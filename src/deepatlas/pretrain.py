@@ -117,7 +117,6 @@ class View(NamedTuple):
     mm_per_box: Tensor
     places_box: Tensor
     """Where every voxel lies in its exam's box."""
-    masks: Masks | None
 
 
 def pretrain(
@@ -450,9 +449,9 @@ class Run:
         error = (distance * weight).sum() / weight.sum().clamp_min(1)
         rate = stage.rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / stage.steps)
         off = torch.zeros(())
-        if view.masks is not None:
-            fine = grid.resize(c_atlas, tuple(view.image.shape[2:]))
-            off = label_errors(Atlas(self.atlas, self._mm_per_atlas(), self.masks.detach()), fine, view.masks).mean()
+        if (masks := self._drawn(exams, view, self.data.size)) is not None:
+            fine = grid.resize(c_atlas, (self.data.size,) * 3)
+            off = label_errors(Atlas(self.atlas, self._mm_per_atlas(), self.masks.detach()), fine, masks).mean()
         norm = self._descend(0.05 * error + self.preset.weights.labels * off, self.network, rate)
         error, off = float(error.detach()), float(off.detach())
         return {"loss": error, "rms_mm": error, "labels": off, "gradient": norm}
@@ -528,11 +527,10 @@ class Run:
         c_atlas = grid.resize(self.maps(view.seen, self.level), shape)
         clock.append(time.perf_counter())
         foreground = grid.resize(view.foreground.float(), shape) > 0.5
-        places = grid.resize(view.places_box, shape)
-        masks = self.data.masks(exams, places, self.data.box_to_mm[exams])
+        masks = self._drawn(exams, view, stage.loss_size)
         terms = objective(
             c_atlas,
-            Exams(grid.shrink(view.image, shape), foreground, view.mm_per_box, masks and masks.only(foreground)),
+            Exams(grid.shrink(view.image, shape), foreground, view.mm_per_box, masks),
             Atlas(self.atlas, self._mm_per_atlas(), self.masks),
             self.autoencoder,
             self.preset.weights,
@@ -603,9 +601,13 @@ class Run:
             lost |= grid.sample(borrowed.seen, places) < 0.5
         seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
         mm_per_box = box @ matrix[:, :3, :3]
-        shown = foreground & ~lost
+        return View(seen, image, foreground & ~lost, mm_per_box, places)
+
+    def _drawn(self, exams: list[int], view: View, size: int) -> Masks | None:
+        """What is drawn on a batch where it is shown, on a grid of any size."""
+        places, shown = (grid.resize(part.float(), (size,) * 3) for part in (view.places_box, view.foreground))
         masks = self.data.masks(exams, places, self.data.box_to_mm[exams])
-        return View(seen, image, shown, mm_per_box, places, masks and masks.only(shown))
+        return masks and masks.only(shown > 0.5)
 
     def model(self) -> Model:
         """The model as it stands."""
