@@ -66,7 +66,7 @@ def pretrain(
     cohort: Annotated[Path, typer.Option("-c", "--cohort", help="A cohort made by `deepatlas prepare`.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
     preset: Annotated[
-        str | None, typer.Option(help='"cpu", "paper", "finer" or "demo"; by default cpu, on a GPU paper.')
+        str | None, typer.Option(help='"cpu", "paper", "finer", "joint" or "demo"; by default cpu, on a GPU paper.')
     ] = None,
     seed_exam: Annotated[str | None, typer.Option(help="Exam that seeds the atlas; by default the widest.")] = None,
     start_from: Annotated[str | None, typer.Option("--from", help="Go on from this trained model.")] = None,
