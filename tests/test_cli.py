@@ -495,6 +495,7 @@ def test_pretrain_writes_a_model_and_can_be_resumed(call, work, monkeypatch):
     refused(call(*arguments, "--labels", work / "labels", "--names", work / "none.json"), "none.json")
     code, out, _ = call(*arguments, "--labels", work / "labels", "--names", work / "labels.json")
     assert (code, "Labels: " in out) == (0, True)
+    refused(call(*arguments, "--labels", work / "labels", "--names", work / "none.json"), "--resume")  # before reading
 
 
 def test_the_demo_says_what_it_does_and_found(call, work, monkeypatch):

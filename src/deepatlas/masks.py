@@ -28,9 +28,8 @@ from deepatlas.volume import Volume, apply
 MOST = 254
 """Structures that a training can learn from."""
 
-
 NEAR = 4
-"""Voxels: so far from everything drawn on an exam, its labels say no more than that nothing is there."""
+"""Voxels around what is drawn on an exam within which labels are compared; farther off the image alone decides."""
 
 
 class Masks(NamedTuple):
@@ -170,7 +169,10 @@ def read(
 def on_grid(
     labels: Volume, box_to_mm: Float[np.ndarray, "4 4"], size: int, table: dict[str, int], wanted: Iterable[str]
 ) -> UInt8[np.ndarray, "n n n"]:
-    """A label map on the prepared grid of an exam: the rank of each structure in the table, counted from 1."""
+    """A label map on the prepared grid of an exam: the rank of each structure in the table, counted from 1.
+
+    The nearest voxel decides. `deepatlas.prepare.prepare_labels` gives shares instead, a volume for each structure.
+    """
     ranks = np.zeros(labels.shape, np.uint8)
     for position, (name, number) in enumerate(table.items(), start=1):
         if name in wanted:

@@ -428,8 +428,9 @@ class Run:
             to_coarse = torch.linalg.inv(self.data.box_to_mm[[exam]]) @ box_to_mm
             places = carried(map_of(exam), to_coarse, tuple(views.image.shape[2:]))
             drawn = views.masks.only(views.foreground)
-            known += grid.splat(drawn.known().to(inside), places, shape)
-            inside += grid.splat(drawn.inside() * drawn.known(), places, shape)
+            speaks = drawn.known().to(inside)
+            known += grid.splat(speaks, places, shape)
+            inside += grid.splat(drawn.inside() * speaks, places, shape)
         self.masks.data.copy_(inside / known.clamp_min(0.5))
 
     def _consolidation_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:

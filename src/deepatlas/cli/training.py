@@ -86,6 +86,7 @@ def pretrain(
     """Learn the map from a cohort, without any label; with --labels, jointly from images and labels."""
     from deepatlas import checkpoint, masks
     from deepatlas.config import PRESETS
+    from deepatlas.loop import check_folder
     from deepatlas.pretrain import pretrain as train
 
     if (labels is None) != (names is None):
@@ -98,6 +99,7 @@ def pretrain(
     base = checkpoint.find(start_from) if start_from else None
     drawn = None
     if labels is not None:
+        check_folder(output, resume)  # before minutes of reading
         faults = read_json(exclude, dict) if exclude else None
         with counting("Reading labels") as count:
             drawn = masks.read(cohort, labels, table_of_names(names, None), names_in(in_part), faults, count)
