@@ -233,3 +233,33 @@ def test_a_part_of_the_length_in_which_nothing_shows_is_not_asked_for():
     kept = augment.borrow_view(own, where, lent_below(2.0), torch.zeros(1), torch.tensor([[0.3, 0.7]]))
     assert kept.seen.all()
     assert torch.isfinite(kept.centre).all()
+
+
+def shape_of(lender: torch.Tensor, to_lender: torch.Tensor | None = None, shown: bool | torch.Tensor = True):
+    """What an exam whose map is 0.8 of the place in its box takes of a lender's map."""
+    places = grid.identity((17,) * 3) / 0.8
+    shown = grid.inside(places) & shown
+    patient = torch.ones(1, 1, *lender.shape[2:], dtype=torch.bool)
+    return augment.borrow_shape(places, shown, lender, patient, torch.eye(4)[None] if to_lender is None else to_lender)
+
+
+def test_a_borrowed_shape_is_how_the_two_maps_differ_but_for_pose():
+    here = grid.identity((16,) * 3)
+    bump = (
+        0.1
+        * torch.exp(-4 * here.square().sum(dim=1, keepdim=True))
+        * torch.tensor([1.0, -0.5, 0.2]).view(1, 3, 1, 1, 1)
+    )
+    assert torch.allclose(shape_of(0.8 * here), torch.zeros(()), atol=1e-5)
+    assert torch.allclose(shape_of(0.8 * (here + bump)), bump, atol=0.01)
+    pose = affine.from_parts(torch.diag(torch.tensor([0.9, 1.1, 0.8]))[None], torch.tensor([[0.1, 0.0, -0.1]]))
+    moved = affine.apply(torch.linalg.inv(pose), here)  # the same body elsewhere in its box
+    assert shape_of(0.8 * moved, pose).abs().max() < 0.01
+
+
+def test_a_borrowed_shape_goes_on_where_nothing_is_shown():
+    here = grid.identity((16,) * 3)
+    lower = grid.identity((17,) * 3)[:, 2:] < 0
+    shifted = 0.8 * (here + torch.tensor([0.05, 0.0, 0.0]).view(1, 3, 1, 1, 1))
+    assert torch.allclose(shape_of(shifted, shown=lower)[:, 0], torch.tensor(0.05), atol=1e-4)
+    assert not shape_of(shifted, shown=False).any()

@@ -243,3 +243,25 @@ def test_a_spline_is_the_cubic_one_of_scipy():
     knots = range(-2, 11)  # control point i stands over knot i + 2
     theirs = interpolate.BSpline(knots, control[0, 0, :, 0, 0].numpy(), 3)(torch.linspace(1, 7, 33).numpy())
     torch.testing.assert_close(ours, torch.from_numpy(theirs), atol=1e-6, rtol=0)
+
+
+@LAWS
+@given(SHAPES, st.integers(0, 9))
+def test_a_filled_field_is_kept_where_it_is_known_and_goes_on_beyond(shape, seed):
+    field, known = draw(seed, 2, 3, *shape), draw(seed + 1, 2, 1, *shape) > 0.5
+    filled = grid.filled(torch.where(known, field, torch.nan), known)
+    assert torch.equal(filled[known.expand_as(field)], field[known.expand_as(field)])
+    for one, given_, there in zip(
+        filled.flatten(0, 1), field.flatten(0, 1), known.repeat_interleave(3, 0)[:, 0], strict=True
+    ):
+        reach = given_[there] if there.any() else torch.zeros(1, dtype=field.dtype)
+        assert reach.min() - 1e-9 <= one.min()
+        assert one.max() <= reach.max() + 1e-9
+
+
+def test_a_field_is_filled_by_what_is_near():
+    field = ramp((16, 16, 16))
+    known = grid.identity((16, 16, 16))[:, :1] < 0.4
+    hole = known & ~(grid.identity((16, 16, 16)).abs() < 0.15).all(dim=1, keepdim=True)
+    filled = grid.filled(field, hole)
+    assert (filled - field)[known.expand_as(field) & ~hole].abs().max() < 0.4

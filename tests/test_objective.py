@@ -96,6 +96,8 @@ def test_drawn_structures_are_matched_by_both_registrations(autoencoder):
     wrong, _ = labelled(atlas, exams, shift=0.3)
     assert float(label_errors(right, c, drawn.masks).max()) < 0.12  # half a voxel at a ball's surface
     assert float(label_errors(wrong, c, drawn.masks).min()) > 0.5
+    coarse = grid.resize(c, (SIZE // 2,) * 3)  # a map may be coarser than what is drawn
+    assert torch.allclose(label_errors(right, coarse, drawn.masks), label_errors(right, c, drawn.masks), atol=0.01)
     perfect = objective(c, drawn, right, autoencoder, WHOLE)
     assert float(perfect.labels) < 0.12
     assert float(objective(c, exams, atlas, autoencoder, WHOLE).labels) == 0

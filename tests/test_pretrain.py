@@ -29,7 +29,7 @@ from deepatlas.config import (
 )
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.masks import LabelMaps
-from deepatlas.pretrain import Run, _batch, _load, by_anatomy, pretrain
+from deepatlas.pretrain import Lent, Run, _batch, _load, by_anatomy, pretrain
 
 TINY = Preset(
     name="tiny",
@@ -469,7 +469,7 @@ def test_an_exam_that_borrows_a_view_is_shown_there_alone_and_from_its_middle(co
     run = begun(cohort)
     run.targets = (recipe.MARGIN * recipe.grid.identity((16,) * 3)).repeat(4, 1, 1, 1, 1)
     lower = recipe.grid.identity((12,) * 3)[:, 2:] < 0
-    run.lent = lower.repeat(4, 1, 1, 1, 1)
+    run.lent = Lent(lower.repeat(4, 1, 1, 1, 1), torch.zeros(4, 3, 12, 12, 12), torch.eye(4).repeat(4, 1, 1))
     chance = run._chance(0, 0)
     borrowed = run._borrowed([0, 1], chance, 1.0)
     still = Augmentation(scale=0, rotation=0, translation=0, cut=0, tone=0)
@@ -482,10 +482,37 @@ def test_an_exam_that_borrows_a_view_is_shown_there_alone_and_from_its_middle(co
     assert torch.allclose(height[:, 0].mean(dim=(1, 2, 3)), borrowed.centre[:, 2], atol=1e-4)
 
 
+def test_an_exam_in_the_shape_of_another_has_its_map_there(cohort):
+    run = begun(cohort)
+    where = recipe.grid.identity((16,) * 3)
+    wave = torch.zeros_like(where)
+    wave[:, 0] = 0.12 * torch.cos(3 * where[:, 2])
+    run.targets = recipe.MARGIN * where.repeat(4, 1, 1, 1, 1)
+    assert run._shaped([0, 1, 2], run._chance(0, 0), 1.0).abs().max() < 0.01  # all have one shape
+    run.targets[1:] += recipe.MARGIN * wave
+    run.lent = None
+    shaped = run._shaped([0] * 8, run._chance(0, 1), 1.0)
+    still = Augmentation(scale=0, rotation=0, translation=0, cut=0, tone=0)
+    view = run._view([0] * 8, run._chance(0, 2), still, shaped=shaped)
+    moved = (view.places_box - where).abs()
+    assert moved[:, 1:].max() < 0.03
+    inner = recipe.grid.resize(run.data.foreground[[0]].float(), (16,) * 3) > 0.99
+    inner &= recipe.grid.resize(run.data.foreground[[1]].float(), (16,) * 3) > 0.99
+    c_there = recipe.grid.sample(run.targets[[0]], view.places_box) - run.targets[0]
+    straight = wave[0, 0][inner[0, 0]].mean()  # of the lender's wave, what its pose is made of is not borrowed
+    for one in c_there:
+        bent, full = one[0][inner[0, 0]], (wave[0, 0][inner[0, 0]] - straight) * recipe.MARGIN
+        share = float((bent * full).sum() / full.square().sum())
+        assert -0.02 < share < 1.05
+        assert (bent - share * full).abs().mean() < 0.02
+    assert c_there[:, 0].abs().amax() > 0.05
+    assert not run._shaped([0, 1], run._chance(0, 0), 0.0).any()
+
+
 def test_what_an_exam_shows_is_lent_in_the_atlas(cohort):
     run = begun(cohort)
     run.targets = (recipe.MARGIN * recipe.grid.identity((16,) * 3)).repeat(4, 1, 1, 1, 1)
-    lent = run._shown(0)[0, 0].float()
+    lent = run._lend().shown[0, 0].float()
     where = recipe.grid.identity((12,) * 3) / recipe.MARGIN
     there = recipe.grid.sample(run.data.foreground[:1].float(), where) > 0.5
     assert (lent - (there & recipe.grid.inside(where))[0, 0].float()).abs().mean() < 0.02

@@ -151,6 +151,36 @@ def borrow_view(
     return Borrowed(seen.to(c_atlas), torch.stack(middles).to(c_atlas))
 
 
+def borrow_shape(
+    places: Coordinates,
+    shown: Mask,
+    c_lender: Coordinates,
+    lender: Mask,
+    to_lender: Affine,
+) -> Coordinates:
+    """A displacement in the boxes of exams that gives each the shape of another; its pose and size stay its own.
+
+    Exams differ from each other in ways that random bends do not: a network learns them from as many shapes as there
+    are pairs of exams. Where one of the two shows nothing the displacement goes on as it is next to it.
+
+    Args:
+        places: where the nodes of a grid over the atlas lie in each exam's box, ``c⁻¹``.
+        shown: which of them it shows.
+        c_lender: the maps of those whose shapes are borrowed, each on its own box.
+        lender: the patient there.
+        to_lender: exam's box → lender's box, from the affine parts of both maps.
+
+    Returns:
+        ``c⁻¹ ∘ c_lender ∘ to_lender`` minus the identity, on a grid of as many nodes as ``c_lender`` has.
+    """
+    here = grid.identity(tuple(c_lender.shape[2:]), c_lender.dtype, c_lender.device)
+    there = affine.apply(to_lender, here)
+    of_lender = grid.sample(torch.cat([c_lender, lender.to(c_lender)], dim=1), there)
+    own = grid.sample(torch.cat([places, shown.to(places)], dim=1), of_lender[:, :3])
+    known = (own[:, 3:] > 0.999) & (of_lender[:, 3:] > 0.5) & grid.inside(there)
+    return grid.filled(own[:, :3] - here, known)
+
+
 def draw_ends(batch: int, generator: Generator, probability: float = 0.4, least: float = 0.35) -> Tensor:
     """The part of its length that is kept of an exam, (batch, 2) within 0 ... 1; all of it but with a probability."""
     length = draw_uniform((batch,), least, 1, generator)

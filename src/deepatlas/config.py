@@ -152,6 +152,9 @@ class ConsolidationStage:
     borrow: float = 0.0
     """Probability that an exam is shown only where another exam of the cohort is, `deepatlas.augment.Borrowed`; 0 also
     leaves all exams their length."""
+    shapes: float = 0.0
+    """Probability that an exam is shown in the shape of another of the cohort, or on the way to it,
+    `deepatlas.augment.borrow_shape`."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +321,14 @@ JOINT = replace(
     CPU,
     name="joint",
     consolidation=(
-        ConsolidationStage(Fitting(steps=20, nodes=14, learned=False, window=8, atlas_steps=0), steps=1600, borrow=0.5),
+        ConsolidationStage(
+            Fitting(steps=20, nodes=14, learned=False, window=8, atlas_steps=0),
+            steps=3200,
+            bend=0.06,
+            gentle=0.7,
+            borrow=0.5,
+            shapes=0.8,
+        ),
     ),
     weights=Weights(labels=1.0),
 )

@@ -81,6 +81,22 @@ def shrink(image: Features, shape: tuple[int, int, int]) -> Features:
     return resize(image, shape)
 
 
+def filled(field: Features, known: Tensor) -> Features:
+    """A field where it is known; elsewhere what is near, as a mean over ever larger cubes (0 where nothing is known).
+
+    Args:
+        known: boolean, (batch, 1, i, j, k).
+    """
+    field = torch.where(known, field, 0.0)
+    if max(field.shape[2:]) == 1:
+        return field
+    pairs = tuple(min(2, n) for n in field.shape[2:])
+    mass = F.avg_pool3d(known.to(field), pairs, ceil_mode=True)
+    mean = F.avg_pool3d(field, pairs, ceil_mode=True) / mass.clamp_min(1e-6)
+    above = F.interpolate(filled(mean, mass > 0), size=field.shape[2:], mode="trilinear", align_corners=False)
+    return torch.where(known, field, above)
+
+
 def sample(
     field: Float[Tensor, "batch channel i j k"], coords_box: Float[Tensor, "batch 3 *points"]
 ) -> Float[Tensor, "batch channel *points"]:

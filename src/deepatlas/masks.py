@@ -60,13 +60,17 @@ class Masks(NamedTuple):
         return (self.number[:, None] == structures.view(1, -1, 1, 1, 1)).float()
 
     def near(self) -> list[Int[Tensor, "point"]]:
-        """Of each exam the voxels, in the order of memory, that lie within `NEAR` of something drawn."""
+        """Of each exam the voxels, in the order of memory, that lie within `NEAR` of something drawn, or next to it."""
         drawn = (self.number > 0).float()[:, None]
+        pairs = F.max_pool3d(drawn, tuple(min(2, n) for n in drawn.shape[2:]), ceil_mode=True)
+        reach = -(-NEAR // 2)
         for axis in range(3):
             kernel, pad = [1, 1, 1], [0, 0, 0]
-            kernel[axis], pad[axis] = 2 * NEAR + 1, NEAR
-            drawn = F.max_pool3d(drawn, kernel, 1, pad)
-        return [one.flatten().nonzero()[:, 0] for one in drawn]
+            kernel[axis], pad[axis] = 2 * reach + 1, reach
+            pairs = F.max_pool3d(pairs, kernel, 1, pad)
+        for axis, nodes in zip((2, 3, 4), self.number.shape[1:], strict=True):
+            pairs = pairs.repeat_interleave(2, dim=axis).narrow(axis, 0, nodes)
+        return [one.flatten().nonzero()[:, 0] for one in pairs]
 
     def points(self, exam: int, index: Int[Tensor, "point"]) -> "Masks":
         """Of one exam these voxels alone, as a batch of one in a row."""

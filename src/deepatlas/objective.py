@@ -199,10 +199,16 @@ def _warp_atlas(atlas: Atlas, c_atlas: Coordinates) -> tuple[Image, Features]:
 
 
 def label_errors(atlas: Atlas, c_atlas: Coordinates, masks: Masks) -> Float[Tensor, "batch"]:
-    """The further channels of ``X′ ∘ Φ_E ~ x′_n``, near what is drawn. Source: eq. 13."""
-    errors = []
+    """The further channels of ``X′ ∘ Φ_E ~ x′_n``, near what is drawn.
+
+    Args:
+        c_atlas: maps on a grid of their own, which may be coarser than that of the masks.
+
+    Source: eq. 13.
+    """
+    errors, places = [], grid.identity(tuple(masks.number.shape[1:]), device=c_atlas.device).flatten(2)
     for exam, near in enumerate(masks.near()):
-        there, drawn = c_atlas[exam : exam + 1].flatten(2)[:, :, near], masks.points(exam, near)
+        there, drawn = grid.sample(c_atlas[exam : exam + 1], places[:, :, near]), masks.points(exam, near)
         moved = grid.sample(atlas.masks, there[:, :, None, None])
         errors.append(losses.label_error(moved, drawn.inside(), drawn.known()))
     return torch.cat(errors)

@@ -108,6 +108,17 @@ class Cohorted(NamedTuple):
         return self.labels.at(exams, affine.apply(to_finest.to(places_box), places_box))
 
 
+class Lent(NamedTuple):
+    """What exams lend each other, by their fitted maps."""
+
+    shown: Tensor
+    """Where the atlas is shown by each exam, (exam, 1, m, m, m) bool."""
+    places: Tensor
+    """Where in its box, (exam, 3, m, m, m), in half precision."""
+    to_atlas: Tensor
+    """The affine part of its map, (exam, 4, 4)."""
+
+
 class View(NamedTuple):
     """A batch as drawn: what the network sees, and what the loss compares."""
 
@@ -249,8 +260,8 @@ class Run:
         fitted = len(data.names) if preset.consolidation else 0
         self.targets = torch.zeros(fitted, 3, *finest, device=device)
         """Maps fitted to the exams, on the finest level's grid; filled by the first fitting."""
-        self.lent = torch.zeros(0)
-        """What every exam shows, in the atlas; made from the maps when it is first wanted."""
+        self.lent: Lent | None = None
+        """Made from the maps when it is first wanted."""
 
     @classmethod
     def begin(cls, data: Cohorted, preset: Preset, seed_exam: str | None, base: Model | None, device: str) -> "Run":
@@ -350,7 +361,7 @@ class Run:
             trained = [self.atlas]
         if name.startswith("consolidation"):
             self.level = 0
-            self.lent = torch.zeros(0)
+            self.lent = None
         self.network.zero_grad()  # a stage that leaves the network alone must not judge it by its last gradient
         self.optimiser = torch.optim.Adam(trained, lr=1e-3, betas=(0.9, 0.99))
 
@@ -440,7 +451,8 @@ class Run:
         exams = [learned_from[place] for place in places]
         gentle = self.preset.augmentation.gentler(stage.gentle)
         borrowed = self._borrowed(exams, chance, stage.borrow) if stage.borrow else None
-        view = self._view(exams, chance, gentle, stage.bend, borrowed=borrowed)
+        shaped = self._shaped(exams, chance, stage.shapes) if stage.shapes else None
+        view = self._view(exams, chance, gentle, stage.bend, borrowed=borrowed, shaped=shaped)
         shape = tuple(self.targets.shape[2:])
         truth = grid.sample(self.targets[exams], grid.resize(view.places_box, shape))
         weight = grid.resize(view.foreground.float(), shape)
@@ -451,29 +463,45 @@ class Run:
         rate = stage.rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / stage.steps)
         off = torch.zeros(())
         if (masks := self._drawn(exams, view, self.data.size)) is not None:
-            fine = grid.resize(c_atlas, (self.data.size,) * 3)
-            off = label_errors(Atlas(self.atlas, self._mm_per_atlas(), self.masks.detach()), fine, masks).mean()
+            off = label_errors(Atlas(self.atlas, self._mm_per_atlas(), self.masks.detach()), c_atlas, masks).mean()
         norm = self._descend(0.05 * error + self.preset.weights.labels * off, self.network, rate)
         error, off = float(error.detach()), float(off.detach())
         return {"loss": error, "rms_mm": error, "labels": off, "gradient": norm}
 
     def _borrowed(self, exams: list[int], chance: Generator, probability: float) -> augment.Borrowed:
         """The views of random other exams, laid over these by the fitted maps."""
-        if not len(self.lent):
-            self.lent = torch.cat([self._shown(exam) for exam in range(len(self.data.names))])
-        shape = tuple(self.targets.shape[2:])
-        own = grid.resize(self.data.foreground[exams].float(), shape) > 0.5
-        lenders = torch.randint(len(self.lent), (len(exams),), generator=chance)
+        shown = self._lend().shown
+        lenders = torch.randint(len(shown), (len(exams),), generator=chance)
         taken = (torch.rand(len(exams), generator=chance) < probability).to(self.targets)
         ends = augment.draw_ends(len(exams), chance)
-        return augment.borrow_view(own, self.targets[exams], self.lent[lenders].to(self.targets), taken, ends)
+        return augment.borrow_view(self._patient(exams), self.targets[exams], shown[lenders].float(), taken, ends)
 
-    def _shown(self, exam: int) -> Tensor:
-        """Where the atlas is shown by an exam, (1, 1, n, n, n) bool."""
-        foreground = self.data.foreground[[exam]]
-        c_atlas = grid.resize(self.targets[[exam]], tuple(foreground.shape[2:]))
-        places = grid.identity((3 * self.data.size // 4,) * 3, device=self.device)
-        return warp.implicit(c_atlas, places, foreground).valid
+    def _shaped(self, exams: list[int], chance: Generator, probability: float) -> Coordinates:
+        """Displacements to the shapes of random other exams, a random part of the way."""
+        lent = self._lend()
+        lenders = torch.randint(len(lent.places), (len(exams),), generator=chance)
+        share = torch.rand(len(exams), generator=chance) * (torch.rand(len(exams), generator=chance) < probability)
+        to_lender = torch.linalg.inv(lent.to_atlas[lenders]) @ lent.to_atlas[exams]
+        places, patient = lent.places[exams].to(self.targets), self._patient(lenders.tolist())
+        whole = augment.borrow_shape(places, lent.shown[exams], self.targets[lenders], patient, to_lender)
+        return share.to(whole).view(-1, 1, 1, 1, 1) * whole
+
+    def _patient(self, exams: list[int]) -> Tensor:
+        """The foreground of exams on the grid of the targets."""
+        return grid.resize(self.data.foreground[exams].float(), tuple(self.targets.shape[2:])) > 0.5
+
+    def _lend(self) -> Lent:
+        """What every exam shows of the atlas, and where."""
+        if self.lent is None:
+            parts = []
+            places = grid.identity((3 * self.data.size // 4,) * 3, device=self.device)
+            for exam in range(len(self.data.names)):
+                foreground = self.data.foreground[[exam]]
+                c_atlas = grid.resize(self.targets[[exam]], tuple(foreground.shape[2:]))
+                found = warp.implicit(c_atlas, places, foreground)
+                parts.append((found.valid, found.phi_box.half(), warp.linear_part(c_atlas, foreground)))
+            self.lent = Lent(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return self.lent
 
     def maps(self, seen: Tensor, level: int) -> Tensor:
         """The network's maps; of a few exams at a time, forgotten and computed again for their gradient, where the
@@ -579,6 +607,7 @@ class Run:
         bend: float = 0.0,
         crop: bool = False,
         borrowed: augment.Borrowed | None = None,
+        shaped: Coordinates | None = None,
     ) -> View:
         how = how or self.preset.augmentation
         batch, shape, device = len(exams), (self.data.size,) * 3, self.device
@@ -594,6 +623,8 @@ class Run:
         places = augment.place(matrix, shape)
         if bend:
             places = places + grid.resize(augment.draw_bend(batch, chance, bend).to(device), shape)
+        if shaped is not None:
+            places = places + grid.sample(shaped, places)
         within = grid.inside(places)
         image = grid.sample(self.data.image[exams], places) * within
         foreground = (grid.sample(self.data.foreground[exams].float(), places) > 0.5) & within
