@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,21 @@ def test_the_program_ends_with_its_codes(tmp_path):
         )
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch brings another OpenMP elsewhere")
+def test_threads_sleep_while_they_wait_unless_asked_otherwise(tmp_path):
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        surroundings = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        done = subprocess.run(
+            [sys.executable, "-m", "deepatlas", "info", str(tmp_path / "none")],
+            env=surroundings | {"OMP_DISPLAY_ENV": "true"} | given,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
 
 
 def test_locate_writes_masks_on_the_exams_own_grid(call, taught, work):

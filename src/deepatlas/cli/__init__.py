@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 refused (one line says why), 2 usage, 3 some exams failed (`
 PyTorch and the rest are imported inside the commands, so that `--help` does not wait for them.
 """
 
+import os
 import sys
 import warnings
 from typing import Annotated, NoReturn
@@ -49,6 +50,7 @@ structures_app.command("remove")(library.remove_structures)
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and end the process with its exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow the program beside by a factor of 8
     warnings.filterwarnings("ignore", module=r"deepatlas\..*")  # what was repaired stands in the answer
     try:
         app(arguments, prog_name="deepatlas")
