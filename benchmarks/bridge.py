@@ -18,8 +18,8 @@ from benchmarks.regseg import tell
 from deepatlas import checkpoint, common_grid, files, regions, register, regseg, transforms
 from deepatlas.atlas_grid import AtlasGrid
 from deepatlas.config import REGSEG_CT
+from deepatlas.embedding import embed
 from deepatlas.errors import ExamError
-from deepatlas.locate import embed
 from deepatlas.metrics import dice
 from deepatlas.transforms import Transform
 from deepatlas.volume import Volume

@@ -9,7 +9,8 @@ from deepatlas.atlas import Structure
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import COMPACT
-from deepatlas.locate import embed, locate, owners_reference
+from deepatlas.embedding import embed
+from deepatlas.locate import locate, owners_reference
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import prepare
 from deepatlas.volume import Volume

@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.localisation import faulty, folder, names
 from deepatlas import checkpoint, places
+from deepatlas.embedding import embed
 from deepatlas.files import exam_name, find_exams, read_exam, read_labels
 from deepatlas.library import without_faults
-from deepatlas.locate import embed
 from deepatlas.volume import Volume, apply
 
 CAP_MM = 4.0

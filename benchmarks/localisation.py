@@ -24,9 +24,10 @@ from benchmarks import peers
 from deepatlas import dense, orientation, register, report, transforms, vote
 from deepatlas.checkpoint import Model
 from deepatlas.config import FINE
+from deepatlas.embedding import embed
 from deepatlas.files import Exam, exam_name, find_exams, read_exam, read_labels
 from deepatlas.library import define_files, without_faults
-from deepatlas.locate import Found, embed, locate
+from deepatlas.locate import Found, locate
 from deepatlas.metrics import dice
 from deepatlas.prepare import prepare
 from deepatlas.refine import refine

@@ -232,10 +232,11 @@ def main() -> int:
             regseg.save(regseg.load(asked.work / "1-0-joint"), asked.model, half=True)
         return 0
     command["command"] += f" --counts {asked.counts} --choices {asked.choices}"
-    every, result = len(data.cases.names), command
+    every = len(data.cases.names)
+    result = json.loads(asked.json.read_text(encoding="utf-8")) if asked.json.exists() else {}
     for count in [every if n == "all" else int(n) for n in asked.counts.split(",")]:
-        result = result | {str(count): compare(bench, count, choices(data, count, asked.choices))}
-        write(asked.json, result)  # what is known so far
+        result[str(count)] = compare(bench, count, choices(data, count, asked.choices)) | command
+        write(asked.json, result)  # what is known so far; other counts stay
     return 0
 
 

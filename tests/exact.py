@@ -15,7 +15,7 @@ from deepatlas.atlas import REGION_NODES, Region
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import NetworkConfig
-from deepatlas.locate import Embedded
+from deepatlas.embedding import Embedded
 from deepatlas.prepare import prepare
 from deepatlas.volume import Volume, apply
 

@@ -16,9 +16,10 @@ from deepatlas.autoencoder import Autoencoder
 from deepatlas.cascade import Cutter
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import FINER, ConsolidationStage, Fitting, NetworkConfig
+from deepatlas.embedding import Embedded
 from deepatlas.errors import CohortError, ExamError, RegionError
 from deepatlas.files import as_exam
-from deepatlas.locate import Embedded, define
+from deepatlas.locate import define
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import prepare_cube
 from deepatlas.pretrain import Run, _load, pretrain
@@ -58,7 +59,7 @@ def exact(model, prepared):
 
 @pytest.fixture
 def known_maps(monkeypatch):
-    for name in ("deepatlas.locate", "deepatlas.cascade"):
+    for name in ("deepatlas.embedding", "deepatlas.cascade"):
         monkeypatch.setattr(sys.modules[name], "map_prepared", exact)
 
 

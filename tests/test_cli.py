@@ -19,10 +19,11 @@ import pytest
 import torch
 
 import deepatlas
-from deepatlas import checkpoint, files, grid, outputs
+from deepatlas import checkpoint, files, grid, outputs, refine
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import PRESETS, AutoencoderStage, LevelStage, NetworkConfig, WarmStage
+from deepatlas.embedding import embed, likeness_of
 from deepatlas.errors import ExamError
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import prepare
@@ -166,6 +167,20 @@ def test_threads_sleep_while_they_wait_unless_asked_otherwise(tmp_path):
             check=False,
         )
         assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--refine",)])
+def test_a_doubtful_exam_is_looked_at_again(options, call, taught, work, tmp_path, monkeypatch):
+    folder, exam = tmp_path / "doubtful", work / "images" / "one.nii.gz"
+    shutil.copytree(taught, folder)
+    about = json.loads((folder / "model.json").read_text())
+    model = deepatlas.load(taught)
+    about["familiar"] = likeness_of(model, embed(model, files.read_exam(exam))).of_exam() / 1.2
+    (folder / "model.json").write_text(json.dumps(about))
+    ways = []
+    monkeypatch.setattr(refine, "refine", lambda model, exam, embedded, how=None: ways.append(how) or embedded)
+    assert call("locate", "-m", folder, "-i", exam, "-o", work / "out", *options)[0] == 0
+    assert ways == [None if "--refine" in options else refine.AGAIN]
 
 
 def test_locate_writes_masks_on_the_exams_own_grid(call, taught, work):

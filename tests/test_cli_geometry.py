@@ -9,7 +9,6 @@ import csv
 import gzip
 import json
 import shutil
-import sys
 from itertools import product
 from typing import NamedTuple
 
@@ -19,12 +18,12 @@ import pytest
 import torch
 
 import deepatlas
-from deepatlas import checkpoint, files, grid
+from deepatlas import checkpoint, embedding, files, grid
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.cli import main
 from deepatlas.config import NetworkConfig
-from deepatlas.locate import Embedded
+from deepatlas.embedding import Embedded
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import prepare
 from deepatlas.volume import apply
@@ -125,7 +124,7 @@ def save(path, array, affine):
 
 
 def exact(model, exam):
-    """In the place of `deepatlas.locate.embed`: the true coordinates of an exam, by its name."""
+    """In the place of `deepatlas.embedding.embed`: the true coordinates of an exam, by its name."""
     prepared = prepare(exam, SIZE, "exam")
     mm = apply(prepared.box_to_mm, grid.identity((SIZE,) * 3, torch.float64)[0].flatten(1).T.numpy())
     c = apply(np.linalg.inv(model.atlas_to_mm.numpy()) @ ONE.pose, SCANS[exam.name].body(mm))
@@ -135,7 +134,7 @@ def exact(model, exam):
 @pytest.fixture(scope="module", autouse=True)
 def known_maps():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["deepatlas.locate"], "embed", exact)
+        patch.setattr(embedding, "embed", exact)
         yield
 
 

@@ -10,7 +10,7 @@ from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import Model
 from deepatlas.config import Augmentation, NetworkConfig
 from deepatlas.consistency import agree
-from deepatlas.locate import Embedded
+from deepatlas.embedding import Embedded
 from deepatlas.prepare import Prepared
 
 POSES = Augmentation(scale=0.08, rotation=0.12, translation=0.08, cut=0.0, tone=0.0)

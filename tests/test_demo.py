@@ -11,7 +11,7 @@ import torch
 
 from deepatlas import demo, phantom
 from deepatlas.config import DEMO, AutoencoderStage, LevelStage, NetworkConfig, WarmStage
-from deepatlas.locate import Embedded
+from deepatlas.embedding import Embedded
 from deepatlas.prepare import grid_to_box, prepare
 from deepatlas.volume import apply
 

@@ -8,7 +8,7 @@ import torch
 
 from deepatlas import dense, grid
 from deepatlas.checkpoint import MARGIN
-from deepatlas.locate import Embedded
+from deepatlas.embedding import Embedded
 from deepatlas.prepare import Prepared, grid_to_box
 from deepatlas.volume import Volume, apply
 

@@ -14,8 +14,9 @@ import torch
 
 from deepatlas import grid
 from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.embedding import Likeness
 from deepatlas.errors import ExamError, StructureError
-from deepatlas.locate import ABSENT, PRESENT, Found, Likeness, define, locate, owners_reference
+from deepatlas.locate import ABSENT, PRESENT, Found, define, locate, owners_reference
 from deepatlas.tissue import BINS, PARTS
 from deepatlas.volume import Volume, apply, reorder
 from exact import CENTRE, FRAME, OTHER, RADIUS, balls, blank, dice, exact, scan

@@ -11,7 +11,7 @@ from deepatlas import grid, orientation
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import NetworkConfig
-from deepatlas.locate import embed
+from deepatlas.embedding import embed
 from deepatlas.prepare import prepare
 from deepatlas.volume import Volume, apply
 

@@ -1,5 +1,7 @@
 """Refinement bends the map of one exam towards the atlas and touches nothing else."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -7,10 +9,10 @@ from deepatlas import affine, grid
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import Fitting, NetworkConfig, Weights
-from deepatlas.locate import Embedded
+from deepatlas.embedding import Embedded, likeness_of
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import Prepared, prepare
-from deepatlas.refine import mean_of, refine, template_of
+from deepatlas.refine import DOUBTFUL, mean_of, refine, settled, template_of
 
 SIZE = 20
 
@@ -52,6 +54,24 @@ def test_a_map_that_is_off_comes_closer_to_the_truth():
     assert after < 0.4 * before
     assert better.prepared is exam
     assert better.c_atlas.abs().max() <= 1
+
+
+def test_a_doubtful_map_is_looked_at_again_and_no_other():
+    model, exam, truth = scene()
+    start = Embedded(exam, truth + OFF)
+    reached = likeness_of(model, start).of_exam()
+    assert reached < likeness_of(model, Embedded(exam, truth)).of_exam()
+    inner = (slice(None), slice(None), *(slice(4, -4),) * 3)
+
+    def error(familiar: float) -> float:
+        found = settled(replace(model, familiar=familiar), exam.volume, start)
+        assert found.alike is None or found.alike.of_exam() == reached
+        return float((found.c_atlas - truth)[inner].norm(dim=1).mean())
+
+    off = float((OFF * torch.ones_like(truth))[inner].norm(dim=1).mean())
+    assert error(familiar=1.01 * reached / DOUBTFUL) < 0.7 * off
+    for familiar in (0.0, 0.99 * reached / DOUBTFUL, 1.01 * reached):  # of a sure map, and of another kind of exam
+        assert error(familiar) == off
 
 
 def test_a_grid_finer_than_the_networks_is_prepared_from_the_exam():

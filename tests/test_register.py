@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from deepatlas import files
+from deepatlas.embedding import Embedded
 from deepatlas.errors import ExamError
-from deepatlas.locate import Embedded
 from deepatlas.prepare import AIR_HU, prepare
 from deepatlas.register import (
     KINDS,

@@ -6,7 +6,7 @@ import torch
 
 from deepatlas import grid
 from deepatlas.checkpoint import MARGIN, Model
-from deepatlas.locate import Embedded
+from deepatlas.embedding import Embedded
 from deepatlas.prepare import Prepared
 from deepatlas.volume import Volume
 from deepatlas.vote import Voter, vote

@@ -15,8 +15,8 @@ import torch
 from deepatlas import checkpoint, places, regions, register
 from deepatlas.atlas import Region
 from deepatlas.common_grid import HALVINGS, LARGEST_GRID, Cases, Frame, Pose, cases_of, joined
+from deepatlas.embedding import embed
 from deepatlas.errors import ExamError, LabelError, RegionError
-from deepatlas.locate import embed
 from deepatlas.transforms import Transform
 from deepatlas.volume import Volume, apply
 

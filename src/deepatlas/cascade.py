@@ -18,9 +18,11 @@ from deepatlas import affine, grid, regions
 from deepatlas import locate as plain
 from deepatlas.atlas import Region, Structure
 from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.embedding import Embedded, embed, map_prepared
 from deepatlas.errors import ExamError
-from deepatlas.locate import Embedded, Found, embed, map_prepared, redrawn
+from deepatlas.locate import Found, redrawn
 from deepatlas.prepare import prepare_cube
+from deepatlas.refine import settled
 from deepatlas.shapes import Coordinates
 from deepatlas.store import START_NODES, Row
 from deepatlas.volume import Volume
@@ -97,7 +99,7 @@ def locate(
     Source: §5.2.4.
     """
     names = list(model.structures if structures is None else structures)
-    embedded = embedded or embed(model, exam)
+    embedded = embedded or settled(model, exam, embed(model, exam))
     found = plain.locate(model, exam, names, embedded)
     closer: dict[str, Found] = {}
     for finer in model.finer.values():

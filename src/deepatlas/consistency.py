@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from deepatlas import augment, grid
 from deepatlas.checkpoint import Model
 from deepatlas.config import Augmentation
-from deepatlas.locate import Embedded
+from deepatlas.embedding import Embedded
 from deepatlas.shapes import Coordinates
 
 GENTLE = Augmentation(scale=0.08, rotation=0.12, translation=0.08, cut=0.0, tone=0.15)

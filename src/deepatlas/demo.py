@@ -18,7 +18,8 @@ from torch import Tensor
 from deepatlas import checkpoint, dense, evaluate, files, grid, outputs, phantom, report, store, warp
 from deepatlas.checkpoint import Model
 from deepatlas.config import PRESETS, Fitting, Preset
-from deepatlas.locate import Embedded, Found, define, embed, locate
+from deepatlas.embedding import Embedded, embed
+from deepatlas.locate import Found, define, locate
 from deepatlas.loop import Progress
 from deepatlas.phantom import STRUCTURES, PhantomExam
 from deepatlas.prepare import sample_mm

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepatlas import grid
 from deepatlas.checkpoint import Model
-from deepatlas.locate import Embedded, embed
+from deepatlas.embedding import Embedded, embed
 from deepatlas.prepare import WINDOW_HU, grid_to_box
 from deepatlas.volume import Volume
 

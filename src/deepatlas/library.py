@@ -9,8 +9,9 @@ import numpy as np
 
 from deepatlas import cascade, files
 from deepatlas.checkpoint import Model
+from deepatlas.embedding import Embedded, embed
 from deepatlas.errors import DeepAtlasError, LabelError, StructureError
-from deepatlas.locate import Embedded, define, embed
+from deepatlas.locate import define
 from deepatlas.outputs import reason
 from deepatlas.refine import refine
 from deepatlas.volume import Volume

@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from deepatlas import atlas, grid, kernels_cpu, tissue, warp
 from deepatlas.atlas import Drawn, Structure
 from deepatlas.checkpoint import Model
+from deepatlas.embedding import Embedded, Likeness, embed, likeness_of
 from deepatlas.errors import StructureError
-from deepatlas.objective import likeness
-from deepatlas.prepare import Prepared, prepare, sample_mm
-from deepatlas.shapes import Coordinates
+from deepatlas.prepare import sample_mm
+from deepatlas.refine import settled
 from deepatlas.volume import Volume, apply
 
 PRESENT = 0.95
@@ -43,19 +42,6 @@ DEFINE_SPACING_MM = 2.0
 
 SPREAD_MM = 4.0
 """How surely a structure that was drawn on a single exam lies there in another, as the width of a Gaussian."""
-
-
-class Embedded(NamedTuple):
-    """An exam with its coordinate map."""
-
-    prepared: Prepared
-    c_atlas: Coordinates
-    """(1, 3, n, n, n) on the prepared grid, atlas frame."""
-
-    @property
-    def foreground(self) -> Tensor:
-        """(1, 1, n, n, n) bool."""
-        return torch.from_numpy(self.prepared.foreground)[None, None]
 
 
 @dataclass(frozen=True)
@@ -94,25 +80,6 @@ class Found:
     def mask(self) -> np.ndarray | None:
         """Boolean, on the exam's own grid; None where absent. Made anew at every call."""
         return None if self.owner is None else self.owner == self.number
-
-
-def embed(model: Model, exam: Volume) -> Embedded:
-    """The coordinate map of an exam.
-
-    Raises:
-        ExamError: the exam cannot be prepared (too thin, or nothing but air).
-
-    Source: ``c_n = F(x_n)``, §2.1.
-    """
-    return map_prepared(model, prepare(exam, model.size, model.region))
-
-
-def map_prepared(model: Model, prepared: Prepared) -> Embedded:
-    """The coordinate map of an exam that is prepared already."""
-    image = torch.from_numpy(prepared.image)[None, None]
-    with torch.inference_mode():
-        c = model.network(image.to(model.network.offset.device), model.level).cpu()
-    return Embedded(prepared, grid.resize(c.clone(), prepared.hu.shape))
 
 
 def define(
@@ -260,7 +227,7 @@ def locate(
         StructureError: an unknown name. ExamError: an exam that cannot be prepared.
     """
     wanted = [model.structure(name) for name in (model.structures if structures is None else structures)]
-    embedded = embedded or embed(model, exam)
+    embedded = embedded or settled(model, exam, embed(model, exam))
     alike = likeness_of(model, embedded)
     known = alike.of_exam() >= model.familiar
     coverages = [reached if known else 0.0 for reached in _coverages(wanted, embedded)]
@@ -389,9 +356,7 @@ def owners_reference(structures: list[Structure], embedded: Embedded, exam: Volu
     return owner.numpy()
 
 
-def _found(
-    structure: Structure, number: int, coverage: float, claims: _Claims, exam: Volume, alike: "Likeness"
-) -> Found:
+def _found(structure: Structure, number: int, coverage: float, claims: _Claims, exam: Volume, alike: Likeness) -> Found:
     count = int(claims.counts[number])
     if not count:
         return Found(structure.name, structure.label, "absent", coverage, None, None, None, None, None, -1)
@@ -437,32 +402,3 @@ def extent(count: int, span: np.ndarray, exam: Volume) -> dict[str, Any]:
         "centroid_mm": tuple((span[:, 0] / count).tolist()),
         "box_mm": (tuple((span[:, 1] - half).tolist()), tuple((span[:, 2] + half).tolist())),
     }
-
-
-class Likeness(NamedTuple):
-    """How well an exam looks like the atlas aligned to it, on a grid of half the nodes."""
-
-    c_atlas: Coordinates
-    local: Tensor
-    """Local correlation of features, 0 ... 1, and 0 where the map folds; (1, 1, i, j, k)."""
-    foreground: Tensor
-
-    def of_exam(self) -> float:
-        """Mean over the patient."""
-        return float((self.local * self.foreground).sum() / self.foreground.sum().clamp_min(1))
-
-    def around(self, structure: Structure) -> float:
-        """Mean in and next to a structure."""
-        member = (structure.membership(self.c_atlas) > 0.5 * structure.level).float()
-        weight = F.max_pool3d(member, 3, 1, 1) * self.foreground
-        return float((self.local * weight).sum() / weight.sum().clamp_min(1))
-
-
-def likeness_of(model: Model, embedded: Embedded) -> Likeness:
-    """How well an exam looks like the atlas aligned to it by its map."""
-    shape = tuple(n // 2 for n in embedded.prepared.hu.shape)
-    c_atlas = grid.resize(embedded.c_atlas, shape)
-    image = grid.shrink(torch.from_numpy(embedded.prepared.image)[None, None], shape)
-    local = likeness(c_atlas, image, model.atlas, model.autoencoder)
-    foreground = grid.resize(embedded.foreground.float(), shape)
-    return Likeness(c_atlas, local, foreground)

@@ -14,7 +14,7 @@ import torch
 
 from deepatlas import grid
 from deepatlas.checkpoint import Model
-from deepatlas.locate import Embedded, embed, likeness_of
+from deepatlas.embedding import Embedded, embed, likeness_of
 from deepatlas.prepare import Prepared, prepare
 from deepatlas.volume import Volume, apply
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from deepatlas import affine, grid, warp
 from deepatlas.checkpoint import Model
+from deepatlas.embedding import Embedded, likeness_of
 from deepatlas.errors import MarkupError
-from deepatlas.locate import Embedded, likeness_of
 from deepatlas.volume import apply
 
 ROBUST_ROUNDS = 5

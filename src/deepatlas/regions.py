@@ -24,9 +24,10 @@ from scipy import ndimage
 from deepatlas import files, grid
 from deepatlas.atlas import REGION_NODES, Region
 from deepatlas.checkpoint import Model
+from deepatlas.embedding import Embedded, likeness_of
 from deepatlas.errors import ExamError, RegionError
 from deepatlas.files import Exam
-from deepatlas.locate import ABSENT, PRESENT, Embedded, likeness_of
+from deepatlas.locate import ABSENT, PRESENT
 from deepatlas.markups import Box
 from deepatlas.places import (
     from_atlas,

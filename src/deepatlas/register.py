@@ -15,9 +15,9 @@ from scipy import ndimage
 from deepatlas import affine, warp
 from deepatlas.autoencoder import Intensities
 from deepatlas.config import FINE, Weights
+from deepatlas.embedding import Embedded
 from deepatlas.errors import ExamError
 from deepatlas.fitting import carried, fit
-from deepatlas.locate import Embedded
 from deepatlas.machine import denormals_are_zero
 from deepatlas.objective import Atlas, Exams
 from deepatlas.places import linear_to_atlas, nearest_rotation, robust_affine

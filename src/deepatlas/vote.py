@@ -16,7 +16,8 @@ from torch import Tensor
 from deepatlas import grid
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
-from deepatlas.locate import Embedded, Found, locate, redrawn
+from deepatlas.embedding import Embedded
+from deepatlas.locate import Found, locate, redrawn
 from deepatlas.objective import local_correlation
 from deepatlas.prepare import Prepared, sample_mm
 from deepatlas.register import fitted, matches

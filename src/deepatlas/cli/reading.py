@@ -10,8 +10,8 @@ from deepatlas.errors import LabelError, ModelError, StructureError
 
 if TYPE_CHECKING:
     from deepatlas.checkpoint import Model
+    from deepatlas.embedding import Embedded
     from deepatlas.files import Exam
-    from deepatlas.locate import Embedded
 
 
 def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -50,8 +50,8 @@ def mapped(
 ) -> tuple["Embedded", list[str]]:
     """An exam with its map, made with the care that was asked for, and what is to be said about it."""
     from deepatlas import consistency, orientation
-    from deepatlas.locate import embed
-    from deepatlas.refine import refine
+    from deepatlas.embedding import embed
+    from deepatlas.refine import refine, settled
 
     notes = []
     if orient:
@@ -65,7 +65,7 @@ def mapped(
         embedded = embed(model, exam)
     if copies:
         embedded = consistency.agree(model, embedded, copies).embedded
-    return (refine(model, exam, embedded) if refined else embedded), notes
+    return (refine if refined else settled)(model, exam, embedded), notes
 
 
 def own(folder: Path) -> Path:
