@@ -50,7 +50,7 @@ structures_app.command("remove")(library.remove_structures)
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow the program beside by a factor of 8
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow the program beside by a factor of 10
     warnings.filterwarnings("ignore", module=r"deepatlas\..*")  # what was repaired stands in the answer
     try:
         app(arguments, prog_name="deepatlas")
