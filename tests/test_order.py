@@ -20,8 +20,9 @@ ORDER = [
     *("networks", "autoencoder", "tissue", "atlas", "checkpoint"),
     *("distributed", "loop", "objective", "fitting", "pretrain", "finetune"),
     *(
-        "locate",
+        "embedding",
         "refine",
+        "locate",
         "places",
         "regions",
         "register",

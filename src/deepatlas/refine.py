@@ -64,8 +64,8 @@ AGAIN = Fitting(steps=15, rate=0.012, nodes=8, learned=False, window=8, smooth=0
 def settled(model: Model, exam: Volume, embedded: Embedded) -> Embedded:
     """The map as it is, or a fitted one where the network's hardly makes the exam look like the atlas.
 
-    The network lays a thin slab, such as the top of a head, some cm from where it belongs, and what is not in it is
-    found there. Exams that are not of the kind that was learned are left alone: a fit would make them look alike.
+    The network lays a thin slab, such as the top of a head, a cm or two from where it belongs, and finds there what is
+    not in it. Exams that are not of the kind that was learned are left alone: a fit would make them look alike.
 
     Args:
         embedded: the exam with the network's map.
