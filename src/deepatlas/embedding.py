@@ -41,7 +41,7 @@ class Embedded(NamedTuple):
     c_atlas: Coordinates
     """(1, 3, n, n, n) on the prepared grid, atlas frame."""
     alike: Likeness | None = None
-    """How well it fits, where that is known already."""
+    """How well it fits to the atlas of the model that made it, where that is known already."""
 
     @property
     def foreground(self) -> Tensor:
