@@ -217,7 +217,8 @@ def locate(
 
     Args:
         structures: names of the library; all of it by default.
-        embedded: the exam's map, where it is known already.
+        embedded: the exam's map, where it is known already; else the network's, looked at again where it is in doubt
+            (`deepatlas.refine.settled`).
 
     Returns:
         One `Found` per structure, masks on the exam's own grid. Where masks would overlap, a voxel goes to the
