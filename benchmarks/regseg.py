@@ -98,18 +98,18 @@ class Bench:
         def taught(name: str, start: regseg.Networks | None, **stages: int) -> regseg.Model:
             return self.model(f"{here}-{name}", labelled, start, seed=seed, **stages)
 
-        steps = s.segmentation + s.joint // s.ratio
-        found = {
-            "registration_alone": alone,
-            "segmentation_alone": taught("segmentation", None, segmentation=steps),
-            "semi": taught("semi", _with(begun, alone, seed), semi=steps),
-        }
+        later = s.joint // s.ratio
         if len(labelled) < len(self.data.cases.names):
-            first = taught("semi-first", _with(begun, begun, seed), semi=s.segmentation)
+            first = taught("first", _with(begun, seed), semi=s.segmentation)
         else:
-            first = taught("segmentation-first", None, segmentation=s.segmentation)
-        both = regseg.Networks(begun.networks.registration, first.networks.segmentation)
-        return found | {"joint": taught("joint", both, joint=s.joint)}
+            first = taught("first", None, segmentation=s.segmentation)
+        held, both = (regseg.Networks(one.networks.registration, first.networks.segmentation) for one in (alone, begun))
+        return {
+            "registration_alone": alone,
+            "segmentation_alone": taught("segmentation", None, segmentation=s.segmentation + later),
+            "semi": taught("semi", held, semi=later),
+            "joint": taught("joint", both, joint=s.joint),
+        }
 
     def scores(self, arm: str, model: regseg.Model, labelled: list[int]) -> dict[str, Any]:
         """Segmentation of the validation exams, the listed pairs, and the first labelled exam onto all others."""
@@ -127,9 +127,9 @@ class Bench:
         return about | {"from_labelled": float(np.mean([one.mean for one in laid]))}
 
 
-def _with(first: regseg.Model, registration: regseg.Model, seed: int) -> regseg.Networks:
+def _with(registration: regseg.Model, seed: int) -> regseg.Networks:
     """A fresh segmentation network beside a trained registration."""
-    fresh = regseg.networks_for(len(first.classes), seed)
+    fresh = regseg.networks_for(len(registration.classes), seed)
     return regseg.Networks(registration.networks.registration, fresh.segmentation)
 
 

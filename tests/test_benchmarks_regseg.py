@@ -52,8 +52,8 @@ def test_every_arm_is_trained_and_scored(data, tmp_path, monkeypatch):
     assert found["joint_minus_alone"]["registration"]["n"] == 2
     # one registration for both choices, 3 + 4 steps; the same number for each joint training, 4 of them its own
     assert steps["registration"] == 3 + 4 + 2 * 4
-    # alone 2 + 4 / 2, semi as many, and the joint arm's 2 before and 2 within
-    assert steps["segmentation"] == 2 * 3 * (2 + 4 // 2)
+    # alone 2 + 4 / 2; 2 that semi and joint have in common, and each of them 2 more
+    assert steps["segmentation"] == 2 * ((2 + 4 // 2) + 2 + 2 * 4 // 2)
     again = comparison.compare(comparison.Bench(data, tmp_path, SETTINGS), 1, chosen)
     assert again == found  # read back, nothing is trained twice
     assert steps["registration"] == 3 + 4 + 2 * 4

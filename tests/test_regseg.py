@@ -706,23 +706,22 @@ def test_lent_views_are_drawn_as_freely_as_others_and_from_all_images():
     assert not torch.equal(one.labels[0], one.labels[1])
 
 
-def test_lent_views_teach_where_the_registration_is_held_and_as_much_as_said(monkeypatch):
-    told, seen = [], []
-    original = regseg.segmentation_terms
-    monkeypatch.setattr(
-        regseg, "segmentation_terms", lambda *given: (seen.append((given[1:], original(*given))), seen[-1][1])[1]
-    )
-    settings = replace(NO_STEPS, segmentation=1, semi=1, joint=1, ratio=1, carried=0.0, lent=2.0)
-    regseg.train(cohort((2,)), CUBE, CLASSES, settings, on_progress=told.append)
-    assert len(seen) == 1 + 2 + 2  # not where the segmentation is alone
-    for free, lent in (seen[1:3], seen[3:5]):
-        assert lent[0][0] is lent[0][1]
-        assert lent[0][0].labelled.all()
-        assert not torch.equal(lent[0][0].image, free[0][0].image)
-    terms = [{key: float(value.detach()) for key, value in one.items()} for _, one in seen]
-    semi = next(at for at in told if at.stage == "semi").terms
-    assert semi["lent"] == pytest.approx(terms[2]["supervised"])
-    assert semi["loss"] == pytest.approx(3 * terms[1]["supervised"] + 2 * terms[2]["supervised"], rel=1e-5)
+def test_lent_views_teach_in_place_of_others_where_the_registration_is_held(monkeypatch):
+    seen, lent = [], []
+    terms, lend = regseg.segmentation_terms, Run.lent
+    monkeypatch.setattr(regseg, "segmentation_terms", lambda *given: (seen.append(given[1:3]), terms(*given))[1])
+    monkeypatch.setattr(Run, "lent", lambda run, chance: (lent.append(lend(run, chance)), lent[-1])[1])
+    settings = replace(NO_STEPS, segmentation=1, semi=2, joint=1, ratio=1, carried=0.0, lent=1.0)
+    regseg.train(cohort((2,)), CUBE, CLASSES, settings)
+    assert len(lent) == 3  # not where the segmentation is alone
+    assert all(moving is target and target is view for (moving, target), view in zip(seen[1:], lent, strict=True))
+    assert all(view.labelled.all() for view in lent)
+    seen.clear(), lent.clear()
+    regseg.train(cohort((2,)), CUBE, CLASSES, replace(settings, semi=30, joint=0, lent=0.5))
+    assert 5 < len(lent) < 25  # of 30: their share
+    seen.clear(), lent.clear()
+    regseg.train(cohort((2,)), CUBE, CLASSES, replace(settings, carried=0.3))
+    assert len(seen) == 1 + 2 * 3  # carried labels teach beside them
 
 
 def numbered(labelled: tuple[int, ...]) -> Run:

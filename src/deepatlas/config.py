@@ -204,7 +204,7 @@ class RegSeg:
 
     registration: int = 1200
     """Steps of the registration network alone, without labels."""
-    segmentation: int = 600
+    segmentation: int = 750
     """Steps of the segmentation network alone, on the labelled images."""
     semi: int = 0
     """Steps of the segmentation network with the registration held."""
@@ -212,7 +212,7 @@ class RegSeg:
     """Steps of the registration network with the segmentation held."""
     joint: int = 300
     """Registration steps of the alternation."""
-    ratio: int = 2
+    ratio: int = 1
     """Registration steps for one of segmentation."""
     batch: int = 2
     rate: float = 2e-3
@@ -230,12 +230,12 @@ class RegSeg:
     """λ_a of the registration step."""
     carried: float = 0.0
     """λ_c, the paper's anatomy loss of the segmentation step. Labels that a registration carried are less true than
-    those drawn: beside lent images (λ_l) they taught nothing and doubled the time; without those, .3 added .02 Dice."""
+    those drawn: beside lent images they taught nothing and doubled the time; without those, .3 added .02 Dice."""
     supervised: float = 3.0
     """λ_sp."""
-    lent: float = 3.0
-    """λ_l, of labelled images in the shape and tone of others, as the registration lays them there: their labels are
-    true however far off it is. Not in the paper."""
+    lent: float = 1.0
+    """Share of the steps that show labelled images in the shape and tone of others, as the registration lays them
+    there: their labels are true however far off it is. Not in the paper."""
     augmentation: Augmentation = field(
         default_factory=lambda: Augmentation(scale=0.1, rotation=0.15, translation=0.06, cut=0.0, tone=0.2)
     )

@@ -9,10 +9,10 @@ registration step, F held   L_i(I_m∘φ⁻¹, I_t) + λ_r L_r(u) + λ_a L_a(S_m
 segmentation step, R held   target unlabelled: λ_c L_a(S_m∘φ⁻¹, F(I_t)) + λ_sp L_sp(F(I_m), S_m)
                             moving unlabelled: λ_c L_a(F(I_m)∘φ⁻¹, S_t) + λ_sp L_sp(F(I_t), S_t)
                             both labelled: λ_sp L_sp(F(I_m), S_m); none labelled: nothing
-                            besides: λ_l L_sp(F(I_m∘φ⁻¹ in the tone of I_t), S_m∘φ⁻¹), I_m labelled
+                            ours: λ_sp L_sp(F(I_m∘φ⁻¹ in the tone of I_t), S_m∘φ⁻¹), I_m labelled
 ==========================  ============================================================================
 
-L_i is `losses.correlation`, L_r `losses.bending_energy`, L_a and L_sp are `losses.soft_dice`. The term of λ_l is not in
+L_i is `losses.correlation`, L_r `losses.bending_energy`, L_a and L_sp are `losses.soft_dice`. The last line is not in
 the paper: the labels of a labelled image in the shape of another one are true however far off the registration is.
 
 Source: Xu and Niethammer 2019. The authors' weights were not found; `deepatlas.config.RegSeg` says what ours are.
@@ -230,7 +230,7 @@ def segmentation_terms(networks: Networks, moving: View, target: View, weights: 
 
 # ── training ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-COLUMNS = ("stage", "step", "seconds", "loss", "similarity", "bending", "anatomy", "supervised", "lent", "segmentation")
+COLUMNS = ("stage", "step", "seconds", "loss", "similarity", "bending", "anatomy", "supervised", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -382,18 +382,15 @@ class Run:
         return self.learn(0, registration_terms(self.networks, *self.pair(stage, step), settings))
 
     def segmentation_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
-        """F learns, R is held: from labelled images drawn freely, from pairs drawn as R knows them, and from labelled
-        images in the shape and tone of others."""
+        """F learns, R is held: from labelled images, a share of them in the shape and tone of others, and from pairs
+        drawn as R knows them."""
         chance = self.chance(stage, step, 1)
-        free = self.view(_some(self.drawn, settings.batch, chance), chance)
-        terms = segmentation_terms(self.networks, free, free, settings)
+        lent = torch.rand(1, generator=chance).item() < settings.lent
+        seen = self.lent(chance) if lent else self.view(_some(self.drawn, settings.batch, chance), chance)
+        terms = segmentation_terms(self.networks, seen, seen, settings)
         if settings.carried:
             paired = segmentation_terms(self.networks, *self.half_labelled(chance), settings)
             terms = {key: terms[key] + value for key, value in paired.items()}
-        if settings.lent:
-            lent = self.lent(chance)
-            taught = segmentation_terms(self.networks, lent, lent, replace(settings, supervised=settings.lent))
-            terms = terms | {"lent": taught["supervised"], "loss": terms["loss"] + taught["loss"]}
         return self.learn(1, terms)
 
     def joint_step(self, stage: int, step: int) -> dict[str, float]:
