@@ -235,7 +235,7 @@ class RegSeg:
     """λ_sp."""
     lent: float = 1.0
     """Share of the steps that show labelled images in the shape and tone of others, as the registration lays them
-    there: their labels are true however far off it is. Not in the paper."""
+    there: their labels are true however far off it is. Half of it where several have labels. Not in the paper."""
     augmentation: Augmentation = field(
         default_factory=lambda: Augmentation(scale=0.1, rotation=0.15, translation=0.06, cut=0.0, tone=0.2)
     )
