@@ -385,7 +385,7 @@ class Run:
         """F learns, R is held: from labelled images, a share of them in the shape and tone of others, and from pairs
         drawn as R knows them."""
         chance = self.chance(stage, step, 1)
-        share = settings.lent if len(self.drawn) == 1 else settings.lent / 2  # shapes of their own are worth as much
+        share = settings.lent if len(self.drawn) == 1 else settings.lent / 2  # several show shapes of their own
         lent = torch.rand(1, generator=chance).item() < share
         seen = self.lent(chance) if lent else self.view(_some(self.drawn, settings.batch, chance), chance)
         terms = segmentation_terms(self.networks, seen, seen, settings)
