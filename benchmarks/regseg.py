@@ -74,16 +74,20 @@ class Bench:
         self.minutes: dict[str, float] = {}
 
     def model(self, name: str, labelled: list[int], start: regseg.Networks | None, **stages: int) -> regseg.Model:
-        """A training by some stages, from networks or from scratch; read back where it was done before."""
+        """A training by some stages, from networks or from scratch; read back where it was done before.
+
+        Raises:
+            ModelError: it was done with other settings.
+        """
         folder = self.work / name
-        if not (folder / "model.json").exists():
-            began = time.monotonic()
-            none = dict.fromkeys(("registration", "segmentation", "semi", "guided", "joint"), 0)
-            settings = replace(self.settings, **none | stages)
-            cases = self.data.cases.picked(list(range(len(self.data.cases.names))), labelled)
-            resume = (folder / "training" / "state.json").exists()
-            given = cases, self.data.frame, self.data.classes, settings, folder, start, resume
-            regseg.train(*given, tell(name), self.data.laid)
+        begun, done = (folder / "training" / "state.json").exists(), (folder / "model.json").exists()
+        began = time.monotonic()
+        none = dict.fromkeys(("registration", "segmentation", "semi", "guided", "joint"), 0)
+        settings = replace(self.settings, **none | stages)
+        cases = self.data.cases.picked(list(range(len(self.data.cases.names))), labelled)
+        given = cases, self.data.frame, self.data.classes, settings, folder, start, begun
+        regseg.train(*given, tell(name), self.data.laid)
+        if not done:
             (folder / "minutes.txt").write_text(f"{(time.monotonic() - began) / 60:.2f}", encoding="utf-8")
         self.minutes[name] = float((folder / "minutes.txt").read_text(encoding="utf-8"))
         return regseg.load(folder)

@@ -8,6 +8,7 @@ from benchmarks import regseg as comparison
 
 from deepatlas import common_grid, regseg
 from deepatlas.config import RegSeg
+from deepatlas.errors import ModelError
 from deepatlas.volume import Volume
 
 CLASSES = {"core": 3, "shell": 5}
@@ -57,6 +58,8 @@ def test_every_arm_is_trained_and_scored(data, tmp_path, monkeypatch):
     again = comparison.compare(comparison.Bench(data, tmp_path, SETTINGS), 1, chosen)
     assert again == found  # read back, nothing is trained twice
     assert steps["registration"] == 3 + 4 + 2 * 4
+    with pytest.raises(ModelError, match="another settings"):
+        comparison.compare(comparison.Bench(data, tmp_path, replace(SETTINGS, bending=0.7)), 1, chosen)
 
 
 def counted(steps, name, original):

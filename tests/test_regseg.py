@@ -724,6 +724,27 @@ def test_lent_views_teach_in_place_of_others_where_the_registration_is_held(monk
     assert len(seen) == 1 + 2 * 3  # carried labels teach beside them
 
 
+def test_pairs_that_were_laid_are_kept_until_the_registration_learns(monkeypatch):
+    asked = []
+    forward = regseg.RegistrationNetwork.forward
+    monkeypatch.setattr(
+        regseg.RegistrationNetwork, "forward", lambda self, *given: (asked.append(1), forward(self, *given))[1]
+    )
+    run = Run(cohort((2,)), NO_STEPS, learning())
+    first = run.laid(2, 0)
+    assert torch.equal(run.laid(2, 0), first)
+    assert not torch.equal(run.laid(2, 1), first)
+    assert len(asked) == 2
+    run.segmentation_step(run.settings, 0, 0)
+    assert torch.equal(run.laid(2, 0), first)
+    run.registration_step(run.settings, 0, 0)
+    assert not torch.equal(run.laid(2, 0), first)
+    run.kept.clear()
+    monkeypatch.setattr(regseg, "KEPT_BYTES", 1.5 * first.nbytes)
+    run.laid(2, 0), run.laid(2, 1)
+    assert set(run.kept) == {(2, 0)}
+
+
 def numbered(labelled: tuple[int, ...]) -> Run:
     """A run whose images say which case they are."""
     cases = cohort(labelled)

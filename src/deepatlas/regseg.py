@@ -230,6 +230,9 @@ def segmentation_terms(networks: Networks, moving: View, target: View, weights: 
 
 # ── training ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+KEPT_BYTES = 2**29
+"""Memory for pairs that the registration laid onto each other."""
+
 COLUMNS = ("stage", "step", "seconds", "loss", "similarity", "bending", "anatomy", "supervised", "segmentation")
 
 
@@ -346,6 +349,8 @@ class Run:
         self.drawn = [n for n, has in enumerate(cases.labelled.tolist()) if has]
         self.spoken = float("nan")
         """Loss of the last segmentation step of the alternation, for the log."""
+        self.kept: dict[tuple[int, int], Tensor] = {}
+        """What `laid` found since R last learned."""
         self.enter()
 
     def stages(self) -> list[tuple[str, int, Callable[[int, int], dict[str, float]]]]:
@@ -375,6 +380,8 @@ class Run:
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(self.networks[which].parameters(), self.settings.clip)
         self.optimisers[which].step()
+        if which == 0:
+            self.kept.clear()
         return {key: float(value.detach()) for key, value in terms.items()}
 
     def registration_step(self, settings: RegSeg, stage: int, step: int) -> dict[str, float]:
@@ -429,17 +436,29 @@ class Run:
         count = len(self.cases.names)
         labelled = _some(self.drawn, self.settings.batch, chance)
         steps = torch.randint(1, count, (len(labelled),), generator=chance).tolist()
-        other = [(case + step) % count for case, step in zip(labelled, steps, strict=True)]
-        moving, target = self.cases.image[labelled], self.cases.image[other]
+        pairs = [(case, (case + step) % count) for case, step in zip(labelled, steps, strict=True)]
+        laid = torch.cat([self.laid(*pair) for pair in pairs])
+        where = self.where(len(labelled), chance)
+        there, tone = grid.sample(laid, where).split((3, 1), dim=1)
+        return self.seen_at(labelled, there, chance, grid.inside(where), tone)
+
+    def laid(self, case: int, other: int) -> Float[Tensor, "1 4 i j k"]:
+        """The places of an image in the shape of another, as R lays it there, and the tone from it to that one.
+
+        One labelled image has few others to be laid on, so pairs are kept for as long as R is held.
+        """
+        if (case, other) in self.kept:
+            return self.kept[case, other]
+        moving, target = self.cases.image[[case]], self.cases.image[[other]]
         with torch.no_grad():
             phi = phi_box(self.networks.registration(moving, target))
-        inside = self.cases.inside[labelled].to(moving)
+        inside = self.cases.inside[[case]].to(moving)
         warped = grid.sample(torch.cat([moving, inside], dim=1), phi)
-        seen = self.cases.inside[other] & (warped[:, 1:] > 0.99) & grid.inside(phi)
-        tone = augment.tone_between(warped[:, :1], target, seen)
-        where = self.where(len(labelled), chance)
-        there, tone = grid.sample(torch.cat([phi, tone], dim=1), where).split((3, 1), dim=1)
-        return self.seen_at(labelled, there, chance, grid.inside(where), tone)
+        seen = self.cases.inside[[other]] & (warped[:, 1:] > 0.99) & grid.inside(phi)
+        laid = torch.cat([phi, augment.tone_between(warped[:, :1], target, seen)], dim=1)
+        if (len(self.kept) + 1) * laid.nbytes <= KEPT_BYTES:
+            self.kept[case, other] = laid
+        return laid
 
     def view(self, cases: list[int], chance: Generator, share: float = 1.0) -> View:
         """Images and labels under a random affine map, bend and contrast; only a share of the former two."""
