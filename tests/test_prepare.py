@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepatlas.errors import ExamError, LabelError
-from deepatlas.prepare import foreground, grid_to_box, prepare, prepare_labels, sample_mm, window
+from deepatlas import masks
+from deepatlas.errors import ExamError
+from deepatlas.prepare import foreground, grid_to_box, prepare, sample_mm, window
 from deepatlas.volume import Volume, apply, reorder, to_ras
 
 ORDERS = [(perm, flips) for perm in permutations(range(3)) for flips in product((False, True), repeat=3)]
@@ -188,64 +189,6 @@ def test_bad_arguments(volume, size, region, message):
         prepare(volume, size, region)
 
 
-@pytest.mark.parametrize("kind", AFFINES)
-@pytest.mark.parametrize("region", ["exam", "body"])
-def test_labels_share_the_voxels_of_the_exam(kind, region):
-    """On the exam's own grid, the shares are those of the 0/1 map sampled point by point; from any storage order."""
-    volume = body(affine=AFFINES[kind])
-    labels = Volume((volume.array > 60).astype(np.uint8) + 2 * (volume.array < -900), volume.affine)
-    prepared = prepare(volume, 16, region)
-    shares = prepare_labels(labels, prepared, [1, 2, 7])
-    assert shares.shape == (3, 16, 16, 16)
-    assert shares.dtype == np.float32
-    assert not shares[2].any()
-    points = apply(prepared.box_to_mm @ grid_to_box(16), fine_points(16))
-    for row, number in enumerate([1, 2]):
-        mask = Volume((labels.array == number).astype(np.float32), labels.affine)
-        truth = sample_mm(mask, points, outside=0.0).reshape(16, 2, 16, 2, 16, 2).mean(axis=(1, 3, 5))
-        np.testing.assert_allclose(shares[row], truth, atol=1e-5)
-    stored = reorder(labels, (2, 0, 1), (True, False, True))
-    np.testing.assert_allclose(prepare_labels(stored, prepared, [1, 2, 7]), shares, atol=1e-6)
-
-
-def fine_points(size: int) -> np.ndarray:
-    """Points of the (2·size)³ grid as indices of the pooled one."""
-    axis = (np.arange(2 * size) - 0.5) / 2
-    return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
-
-
-def test_labels_on_another_grid():
-    """A ball drawn on an oblique grid of its own is found at its mm, with its volume."""
-    volume = blob(AFFINES["anisotropic"], centre_mm := apply(AFFINES["anisotropic"], np.array([25.0, 30.0, 20.0])))
-    prepared = prepare(volume, 32, "exam")
-    shape = (60, 60, 60)
-    own = affine_of(oblique() * 2.5)
-    own[:3, 3] = centre_mm - own[:3, :3] @ np.full(3, 29.5)
-    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
-    ball = (np.linalg.norm(apply(own, index) - centre_mm, axis=-1) < 30.0).astype(np.uint8)
-    share = prepare_labels(Volume(ball, own), prepared, [1])[0]
-    to_mm = prepared.box_to_mm @ grid_to_box(32)
-    assert np.abs(apply(to_mm, centroid(share)) - centre_mm).max() < 0.1 * prepared.volume.spacing_mm.min()
-    assert share.sum() * np.abs(np.linalg.det(to_mm[:3, :3])) == pytest.approx(4 / 3 * np.pi * 30.0**3, rel=0.02)
-
-
-def test_there_is_no_label_outside_its_grid():
-    """A label that fills a small oblique grid keeps the volume of that grid."""
-    volume = blob(AFFINES["anisotropic"], centre_mm := apply(AFFINES["anisotropic"], np.array([25.0, 30.0, 20.0])))
-    prepared = prepare(volume, 32, "exam")
-    own = affine_of(oblique() * 2.5)
-    own[:3, 3] = centre_mm - own[:3, :3] @ np.full(3, 11.5)
-    share = prepare_labels(Volume(np.ones((24, 24, 24), np.uint8), own), prepared, [1])[0]
-    voxel_mm3 = np.abs(np.linalg.det((prepared.box_to_mm @ grid_to_box(32))[:3, :3]))
-    assert share.sum() * voxel_mm3 == pytest.approx((24 * 2.5) ** 3, rel=0.02)
-
-
-def test_fractional_labels_are_refused():
-    prepared = prepare(body(), 16)
-    with pytest.raises(LabelError, match="integer"):
-        prepare_labels(Volume(np.zeros((4, 4, 4)), np.eye(4)), prepared, [1])
-
-
 def test_sampling_a_linear_field_is_exact():
     affine = AFFINES["oblique, left-handed, permuted"]
     index = np.stack(np.meshgrid(*map(np.arange, (9, 10, 11)), indexing="ij"), axis=-1)
@@ -291,7 +234,9 @@ def test_real_exams_stand_upright(name):
     exam = read_exam(train / "images" / f"{name}.nii.gz")
     labels = read_labels(train / "labels" / f"{name}.nii.gz", like=exam)
     prepared = prepare(exam)
-    shares = prepare_labels(labels, prepared, [1, 2, 3, 4, 7])
+    table = {str(number): number for number in (1, 2, 3, 4, 7)}
+    ranks = masks.on_grid(labels, prepared.box_to_mm, prepared.size, table, table)
+    shares = [(ranks == rank).astype(np.float32) for rank in range(1, 6)]
     assert to_ras(exam).affine[0, 0] > 0
     centres = {number: centroid(share) for number, share in zip([1, 2, 3, 4, 7], shares, strict=True) if share.any()}
     assert {2, 3, 4} <= set(centres)

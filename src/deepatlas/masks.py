@@ -175,7 +175,7 @@ def on_grid(
 ) -> UInt8[np.ndarray, "n n n"]:
     """A label map on the prepared grid of an exam: the rank of each structure in the table, counted from 1.
 
-    The nearest voxel decides. `deepatlas.prepare.prepare_labels` gives shares instead, a volume for each structure.
+    The nearest voxel decides.
     """
     ranks = np.zeros(labels.shape, np.uint8)
     for position, (name, number) in enumerate(table.items(), start=1):

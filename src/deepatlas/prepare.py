@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from deepatlas.config import CUBE
-from deepatlas.errors import ExamError, LabelError
+from deepatlas.errors import ExamError
 from deepatlas.volume import Volume, apply, planes_mm, to_ras
 
 AIR_HU = -1024.0
@@ -179,35 +179,6 @@ def foreground(hu: np.ndarray, least: float = FOREGROUND_LEAST) -> np.ndarray:
     return mask
 
 
-def prepare_labels(labels: Volume, prepared: Prepared, numbers: list[int]) -> np.ndarray:
-    """The share of each prepared voxel that each label fills, float32 (len(numbers), n, n, n), 0…1.
-
-    Each label's 0/1 map is interpolated linearly at the points of the (2·n)³ grid and averaged over 2³, as the HU were.
-    The points come from `box_to_mm`, so the labels may lie on another grid than the exam; outside it there is no label.
-    """
-    if not np.issubdtype(labels.array.dtype, np.integer) and labels.array.dtype != bool:
-        raise LabelError(f"Expected an integer label map, got {labels.array.dtype}; read it with read_labels.")
-    size = prepared.size
-    ras = to_ras(labels)
-    to_voxel = ras.inverse @ prepared.box_to_mm @ grid_to_box(size) @ _fine_to_grid()
-    linear, offset = to_voxel[:3, :3], to_voxel[:3, 3]
-    aligned = np.abs(linear - np.diag(np.diagonal(linear))).sum() * 2 * size < 1e-3
-    result = np.zeros((len(numbers), size, size, size), dtype=np.float32)
-    for row, number in enumerate(numbers):
-        mask = ras.array == number
-        if not mask.any():
-            continue
-        if aligned:
-            fine = [offset[axis] + linear[axis, axis] * np.arange(2 * size) for axis in range(3)]
-            result[row] = _contract(mask, [_pooling(points, n) for points, n in zip(fine, mask.shape, strict=True)])
-        else:
-            occupancy = ndimage.affine_transform(
-                mask.astype(np.float32), linear, offset, (2 * size,) * 3, order=1, mode="grid-constant", cval=0.0
-            )
-            result[row] = occupancy.reshape(size, 2, size, 2, size, 2).mean(axis=(1, 3, 5))
-    return result
-
-
 def sample_mm(volume: Volume, points_mm: np.ndarray, order: str = "linear", outside: float = AIR_HU) -> np.ndarray:
     """Values of a volume at points (..., 3) in mm: float32 for "linear", the volume's own type for "nearest".
 
@@ -256,18 +227,11 @@ def _fixed_cube(ras: Volume, size: int, extent_mm: float) -> Prepared:
     places = (np.arange(2 * size) - (2 * size - 1) / 2) * step[:, None] + centre[:3, None]
     weights = [_pooling(points, n) for points, n in zip(places, ras.shape, strict=True)]
     reached = [np.array([sum(row.values()) for row in table]) for table in weights]
-    hu = _contract(ras.array, weights, floor=AIR_HU)
+    hu = _contract(ras.array, weights)
     hu += np.float32(AIR_HU) * (1 - np.einsum("i,j,k->ijk", *reached)).astype(np.float32)
     box_to_voxel = np.diag([*((size - 1) * step), 1.0])
     box_to_voxel[:3, 3] = centre[:3]
     return Prepared(hu, foreground(hu, BODY_LEAST), ras.affine @ box_to_voxel)
-
-
-def _fine_to_grid() -> np.ndarray:
-    """Index of the (2·size)³ grid → index of the pooled grid: pooled voxel i is centred at 2i + ½."""
-    matrix = np.diag([0.5, 0.5, 0.5, 1.0])
-    matrix[:3, 3] = -0.25
-    return matrix
 
 
 def _box_to_voxel(shape: tuple[int, int, int], size: int) -> np.ndarray:
@@ -280,7 +244,7 @@ def _box_to_voxel(shape: tuple[int, int, int], size: int) -> np.ndarray:
 
 def _pooled(array: np.ndarray, size: int) -> np.ndarray:
     """Linear with corners kept to (2·size)³, then the mean over 2³; float32 (size, size, size)."""
-    return _contract(array, [_pooling(np.linspace(0.0, n - 1.0, 2 * size), n) for n in array.shape], floor=AIR_HU)
+    return _contract(array, [_pooling(np.linspace(0.0, n - 1.0, 2 * size), n) for n in array.shape])
 
 
 def _pooling(points: np.ndarray, voxels: int) -> list[dict[int, float]]:
@@ -300,8 +264,9 @@ def _pooling(points: np.ndarray, voxels: int) -> list[dict[int, float]]:
     return rows
 
 
-def _contract(array: np.ndarray, weights: list[list[dict[int, float]]], floor: float | None = None) -> np.ndarray:
-    """Apply one weight table per axis, float32. Neither a float copy of the exam nor the fine grid is ever held.
+def _contract(array: np.ndarray, weights: list[list[dict[int, float]]]) -> np.ndarray:
+    """HU, at least those of air, with one weight table per axis, float32. Neither a float copy of the exam nor the fine
+    grid is ever held.
 
     The axes are taken in the fixed order S, A, R: sums in another order would round differently.
     """
@@ -310,7 +275,7 @@ def _contract(array: np.ndarray, weights: list[list[dict[int, float]]], floor: f
         result = np.zeros((len(weights[axis]), *source.shape[1:]), dtype=np.float32)
         for total, row in zip(result, weights[axis], strict=True):
             for index, weight in row.items():
-                plane = source[index] if floor is None or axis != 2 else np.maximum(source[index], floor)
+                plane = np.maximum(source[index], AIR_HU) if axis == 2 else source[index]
                 total += np.float32(weight) * plane.astype(np.float32)
         array = np.moveaxis(result, 0, axis)
     return np.ascontiguousarray(array)
