@@ -202,15 +202,15 @@ class RegSeg:
     segmentation; ours were found on training images (`docs/recipes.md`). ``carried=0.3, lent=0`` are the paper's terms.
     """
 
-    registration: int = 1200
+    registration: int = 1000
     """Steps of the registration network alone, without labels."""
-    segmentation: int = 750
+    segmentation: int = 600
     """Steps of the segmentation network alone, on the labelled images."""
     semi: int = 0
     """Steps of the segmentation network with the registration held."""
     guided: int = 0
     """Steps of the registration network with the segmentation held."""
-    joint: int = 300
+    joint: int = 500
     """Registration steps of the alternation."""
     ratio: int = 1
     """Registration steps for one of segmentation."""
