@@ -247,6 +247,19 @@ def test_points_go_where_the_patient_went(call, taught, images, tmp_path):
     assert all(0 <= sure <= 1 for sure in answer["confidence"].values())
 
 
+def test_points_between_exams_that_are_fitted_to_each_other_go_to_the_same_place(call, taught, images, tmp_path):
+    asked = marked(tmp_path / "p.json", MARKS | LOST)
+    out = tmp_path / "out.json"
+    common = ["points", "-m", taught, "-f", images / "one.nii.gz", "-p", asked, "-t", images / "two.nii.gz"]
+    assert call(*common, "-o", out, "--pairwise")[0] == 0
+    found = json.loads(out.read_text())["points"]
+    assert found.pop("beyond") is None
+    for name, mm in found.items():  # the fit has little to go by: a smooth ramp
+        np.testing.assert_allclose(mm, apply(TO_TWO, MARKS[name]), atol=8)
+    assert call(*common, "-o", tmp_path / "plain.json")[0] == 0
+    assert found != {n: mm for n, mm in json.loads((tmp_path / "plain.json").read_text())["points"].items() if mm}
+
+
 def test_a_point_outside_the_view_of_the_other_exam_is_null(call, taught, images, tmp_path):
     high, low = apply(ONE.pose, [[0, 0, 50], [0, 0, -40]])
     asked = marked(tmp_path / "p.json", {"high": high.tolist(), "low": low.tolist()})
@@ -334,6 +347,7 @@ def test_bad_points_are_refused(call, taught, images, tmp_path):
     assert not out.exists()
     assert call("points", "-m", taught, "-f", one, "-p", good, "-t", two, "-o", out, "--frame", "XYZ")[0] == 2
     assert call("points", "-m", taught, "-f", one, "-t", two, "-o", out)[0] == 2
+    assert call("points", "-m", taught, "-t", two, "-o", out, "--pairwise")[0] == 2
 
 
 # boxes

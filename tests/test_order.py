@@ -24,6 +24,7 @@ ORDER = [
         "refine",
         "locate",
         "places",
+        "pairs",
         "regions",
         "register",
         "atlas_grid",

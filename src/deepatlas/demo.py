@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from deepatlas import checkpoint, dense, evaluate, files, grid, outputs, phantom, report, store, warp
+from deepatlas import checkpoint, dense, evaluate, files, outputs, phantom, places, report, store
 from deepatlas.checkpoint import Model
 from deepatlas.config import PRESETS, Fitting, Preset
 from deepatlas.embedding import Embedded, embed
@@ -136,32 +135,36 @@ def summary(results: dict[str, Any]) -> list[str]:
 def coordinate_error(
     first: PhantomExam, seed_map: Embedded, exam: PhantomExam, exam_map: Embedded
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """How far, in mm of the seed exam, voxels of an exam are placed from their true place there.
+    """How far, in mm of the seed exam, voxels of an exam are placed from their true place there (`known_places`).
 
-    The places are nodes of the prepared grid that lie in the body and whose true place lies in the seed exam's field
-    of view. Where the coordinate has no exact counterpart there, the nearest that the solver found counts.
+    Where the coordinate has no exact counterpart there, the nearest that the solver found counts.
 
     Returns:
         Errors of the map and of the affine map from body box to body box, one per place, and the share solved.
     """
+    points_mm, true_mm = known_places(first, exam, exam_map)
+    found = places.carry(exam_map, seed_map, points_mm)
+    box = apply(np.linalg.inv(exam_map.prepared.box_to_mm), points_mm)
+    rival_mm = apply(seed_map.prepared.box_to_mm @ body_affine(exam_map, seed_map), box)
+    errors = [np.linalg.norm(place - true_mm, axis=1) for place in (found.points_mm, rival_mm)]
+    return errors[0], errors[1], float(found.valid.mean())
+
+
+def known_places(first: PhantomExam, exam: PhantomExam, exam_map: Embedded) -> tuple[np.ndarray, np.ndarray]:
+    """Random places in the body of an exam, and where they truly lie in the seed exam, each (place, 3) mm.
+
+    They are nodes of the prepared grid whose true place lies in the seed exam's field of view.
+    """
     size = exam_map.prepared.size
     index = np.argwhere(exam_map.prepared.foreground)
     index = index[np.random.default_rng(0).permutation(len(index))[: 2 * POINTS]]
-    box = index / (size - 1) * 2.0 - 1.0
-    canonical = exam.deformation.to_canonical(apply(exam_map.prepared.box_to_mm, box))
+    points_mm = apply(exam_map.prepared.box_to_mm, index / (size - 1) * 2.0 - 1.0)
+    canonical = exam.deformation.to_canonical(points_mm)
     true_mm = first.deformation.from_canonical(canonical)
     voxel = apply(first.image.inverse, true_mm)
     kept = ((voxel >= -0.5) & (voxel <= np.array(first.image.shape) - 0.5)).all(axis=1)
     kept &= phantom.anatomy(canonical, exam.appearance)[0] > BODY_HU
-    box, true_mm = box[kept][:POINTS], true_mm[kept][:POINTS]
-    c = grid.sample(exam_map.c_atlas, torch.from_numpy(box.T.astype(np.float32))[None])
-    solved = warp.implicit(seed_map.c_atlas, c, seed_map.foreground)
-    named_box = solved.phi_box[0].T.double().numpy()
-    affine_box = apply(body_affine(exam_map, seed_map), box)
-    errors = [
-        np.linalg.norm(apply(seed_map.prepared.box_to_mm, place) - true_mm, axis=1) for place in (named_box, affine_box)
-    ]
-    return errors[0], errors[1], float(solved.valid.float().mean())
+    return points_mm[kept][:POINTS], true_mm[kept][:POINTS]
 
 
 def body_affine(exam_map: Embedded, seed_map: Embedded) -> np.ndarray:

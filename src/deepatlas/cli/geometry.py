@@ -39,6 +39,9 @@ def points(
     ] = None,
     frame: FrameOption = "RAS",
     refined: RefineOption = False,
+    pairwise: Annotated[
+        bool, typer.Option("--pairwise", help="Fit both exams to each other, for models that know few exams.")
+    ] = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -46,11 +49,13 @@ def points(
     import numpy as np
     import torch
 
-    from deepatlas import checkpoint, files, markups, outputs, places
+    from deepatlas import checkpoint, files, markups, outputs, pairs, places
 
     choice("--frame", frame, markups.FRAMES)
     if (source is None) != (marked is None):
         raise typer.BadParameter("--from and --points belong together.", param_hint="--points")
+    if pairwise and source is None:
+        raise typer.BadParameter("There is no other exam to fit to; give --from and --points.", param_hint="--pairwise")
     wanted = markups.read_points(marked, frame) if marked else {}
     paths = files.find_exams(target)
     slicer = marked is not None and marked.name.lower().endswith(".mrk.json")
@@ -58,16 +63,21 @@ def points(
     targets = outputs.targets(target, paths, output, suffix)
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
-    marked_on = mapped(loaded, files.read_exam(source), refined)[0] if source else None
+    drawn_on = files.read_exam(source) if source else None
+    marked_on = mapped(loaded, drawn_on, refined)[0] if source else None
     if marked_on is None and not loaded.landmarks:
         raise MarkupError(f"The model {loaded.name} knows no landmark; teach it with `deepatlas mark`, or give points.")
     library = torch.tensor(list(loaded.landmarks.values())).reshape(-1, 3).T[None]
     wanted = wanted or dict.fromkeys(loaded.landmarks)
 
     def work(path: Path) -> None:
-        exam = mapped(loaded, files.read_exam(path), refined)[0]
+        image = files.read_exam(path)
+        exam = mapped(loaded, image, refined)[0]
         if marked_on is None:
             found = places.from_atlas(exam, library)
+        elif pairwise:
+            pair = pairs.fitted(loaded, (drawn_on, image), (marked_on, exam))
+            found = pair.carry(np.stack(list(wanted.values())))
         else:
             found = places.carry(marked_on, exam, np.stack(list(wanted.values())))
         sure = places.confidence(loaded, exam, found.points_mm)
