@@ -21,6 +21,7 @@ from deepatlas.config import CPU, FINE, ConsolidationStage, Fitting, LevelStage,
 from deepatlas.files import exam_name, find_exams, read_exam, read_labels
 from deepatlas.library import define_files, without_faults
 from deepatlas.locate import locate
+from deepatlas.masks import LabelMaps
 from deepatlas.metrics import dice, paired_difference
 from deepatlas.pretrain import pretrain
 
@@ -58,11 +59,14 @@ def halves(work: Path) -> tuple[Path, Path]:
     return work / "own", work / "other"
 
 
-def trained(out: Path, cohort: Path, preset: Preset, start_from: Path | None = None) -> checkpoint.Model:
+def trained(
+    out: Path, cohort: Path, preset: Preset, start_from: Path | None = None, labels: LabelMaps | None = None
+) -> checkpoint.Model:
     """A training, once; one that was stopped goes on."""
     if not (out / "done").exists():
         resume = (out / "training" / "state.json").exists()
-        pretrain(cohort, out, preset, start_from=start_from, resume=resume, on_progress=tell(out.name))
+        told = tell(out.name)
+        pretrain(cohort, out, preset, start_from=start_from, resume=resume, on_progress=told, labels=labels)
         (out / "done").touch()
     return checkpoint.load(out)
 
