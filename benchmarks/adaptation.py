@@ -88,7 +88,7 @@ def scores(model: checkpoint.Model, images: Path, labels: Path) -> dict[str, dic
 
 def summary(each: dict[str, dict[str, dict[str, float]]]) -> dict:
     """Means over the structures' means, and what the adapted model gains, paired by exam."""
-    means = {model: _by_structure(exams) for model, exams in each.items()}
+    means = {model: by_structure(exams) for model, exams in each.items()}
     per_exam = {name: np.array([np.mean(list(one.values())) for one in exams.values()]) for name, exams in each.items()}
     return {
         "dice": {model: round(float(np.mean(list(one.values()))), 4) for model, one in means.items()},
@@ -100,7 +100,8 @@ def summary(each: dict[str, dict[str, dict[str, float]]]) -> dict:
     }
 
 
-def _by_structure(exams: dict[str, dict[str, float]]) -> dict[str, float]:
+def by_structure(exams: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean Dice of each structure over the exams that have it."""
     return {
         name: round(float(np.mean([one[name] for one in exams.values() if name in one])), 4)
         for name in names()

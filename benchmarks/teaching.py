@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.adaptation import scores, trained
+from benchmarks.adaptation import by_structure, scores, trained
 from benchmarks.bridge import SCALING, SPACING_MM, grid_of
 from benchmarks.localisation import exam_of, faulty, folder, names, validation
 from benchmarks.regseg import tell
@@ -86,13 +86,7 @@ def segmentation_scores(model: regseg.Model) -> dict[str, dict[str, float]]:
 
 def summary(each: dict[str, dict[str, dict[str, float]]]) -> dict:
     """Means over the structures' means, and what predictions gain over either other map, paired by exam."""
-    means = {
-        arm: {
-            structure: round(float(np.mean([one[structure] for one in exams.values() if structure in one])), 4)
-            for structure in names()
-        }
-        for arm, exams in each.items()
-    }
+    means = {arm: by_structure(exams) for arm, exams in each.items()}
     per_exam = {arm: np.array([np.mean(list(one.values())) for one in exams.values()]) for arm, exams in each.items()}
     return {
         "dice": {arm: round(float(np.mean(list(one.values()))), 4) for arm, one in means.items()},
