@@ -22,7 +22,8 @@ from deepatlas.files import as_exam
 from deepatlas.locate import define
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import prepare_cube
-from deepatlas.pretrain import Run, _load, pretrain
+from deepatlas.pretrain import Run, pretrain
+from deepatlas.views import load_cohort
 from deepatlas.volume import Volume, apply
 from refusing import refused
 
@@ -206,7 +207,7 @@ TINY = replace(
 def test_training_on_crops_begins_with_the_cube_of_the_atlas_and_the_coordinates_given(crops):
     cohort, folder = crops
     base = checkpoint.load(folder)
-    run = Run.begin(_load(cohort, TINY, "cpu"), TINY, None, base, "cpu")
+    run = Run.begin(load_cohort(cohort, TINY, "cpu"), TINY, None, base, "cpu")
     np.testing.assert_allclose(
         run.model().atlas_to_mm.numpy(), ATLAS_TO_MM @ CUBE.to_atlas().numpy() @ np.diag([1 / MARGIN] * 3 + [1])
     )

@@ -29,7 +29,8 @@ from deepatlas.config import (
 )
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.masks import LabelMaps
-from deepatlas.pretrain import Lent, Run, _batch, _load, by_anatomy, pretrain
+from deepatlas.pretrain import Lent, Run, pretrain
+from deepatlas.views import batch_of, by_anatomy, load_cohort
 
 TINY = Preset(
     name="tiny",
@@ -272,7 +273,7 @@ def test_joint_training_learns_from_labels_by_fits_and_by_the_network(cohort, dr
         """The error of the labels at every step after the levels, from one and the same map."""
         weights = replace(TINY.weights, labels=weight)
         preset = replace(TINY, weights=weights, consolidation=(LONGER,))
-        run = Run.begin(_load(cohort, preset, "cpu", drawn), preset, None, base, "cpu")
+        run = Run.begin(load_cohort(cohort, preset, "cpu", drawn), preset, None, base, "cpu")
         found = {}
         for number, (name, steps, step_of) in enumerate(run.stages()):
             if not name.startswith("level"):
@@ -307,7 +308,7 @@ def test_joint_training_resumes_to_the_bit_and_with_the_same_labels_only(cohort,
 
 
 def test_structures_in_the_atlas_are_how_often_they_are_drawn(cohort, drawn):
-    data = _load(cohort, TINY, "cpu", drawn)
+    data = load_cohort(cohort, TINY, "cpu", drawn)
     run = Run.begin(data, TINY, None, None, "cpu")
     same = recipe.MARGIN * recipe.grid.identity((16,) * 3)
     run._lay_masks([0, 1, 2, 3], lambda exam: same)
@@ -344,7 +345,7 @@ def test_a_cohort_that_does_not_fit_is_refused(cohort, tmp_path):
 
 def begun(cohort: Path, seed: int = 0) -> Run:
     """A training before its first step."""
-    return Run.begin(_load(cohort, TINY, "cpu"), replace(TINY, seed=seed), None, None, "cpu")
+    return Run.begin(load_cohort(cohort, TINY, "cpu"), replace(TINY, seed=seed), None, None, "cpu")
 
 
 def test_the_atlas_begins_as_the_seed_exam_within_its_margin(cohort):
@@ -360,17 +361,17 @@ def test_the_atlas_begins_as_the_seed_exam_within_its_margin(cohort):
 
 def test_a_view_shows_the_exam_where_it_says(cohort):
     run = begun(cohort)
-    view = run._view([0, 2], run._chance(3, 1), bend=0.05)
-    again = run._view([0, 2], run._chance(3, 1), bend=0.05)
-    assert all(torch.equal(one, other) for one, other in zip(view, again, strict=True))
+    view = run.data.view([0, 2], run._chance(3, 1), TINY.augmentation, bend=0.05)
+    again = run.data.view([0, 2], run._chance(3, 1), TINY.augmentation, bend=0.05)
+    assert all(torch.equal(one, other) for one, other in zip(view[1:], again[1:], strict=True))
     for other in (run._chance(3, 2), run._chance(2, 1), begun(cohort, seed=1)._chance(3, 1)):
-        assert not torch.equal(run._view([0, 2], other, bend=0.05).image, view.image)
+        assert not torch.equal(run.data.view([0, 2], other, TINY.augmentation, bend=0.05).image, view.image)
     assert ((view.seen >= 0) & (view.seen <= 1)).all()
     inside = (view.places_box.abs() <= 1).all(dim=1, keepdim=True)
     assert (view.image[~inside] == 0).all()
     assert not (view.foreground & ~inside).any()
     plain = replace(TINY.augmentation, scale=0.0, rotation=0.0, translation=0.0, cut=0.0, tone=0.0)
-    still = run._view([1], run._chance(0, 0), plain)
+    still = run.data.view([1], run._chance(0, 0), plain)
     torch.testing.assert_close(still.image, run.data.image[1:2], atol=1e-5, rtol=0)
     torch.testing.assert_close(still.seen, still.image)
     torch.testing.assert_close(still.mm_per_box, run.data.box_to_mm[1:2, :3, :3].float(), rtol=1e-5, atol=1e-4)
@@ -406,19 +407,19 @@ def test_a_stage_does_not_inherit_the_gradients_of_the_one_before(cohort):
 
 
 def test_every_exam_is_seen_once_before_any_is_seen_twice():
-    flat = [exam for step in range(9) for exam in _batch(7, 3, step, 5)]
+    flat = [exam for step in range(9) for exam in batch_of(7, 3, step, 5)]
     for turn in range(3):
         assert sorted(flat[7 * turn : 7 * turn + 7]) == list(range(7))
     assert flat[:7] != flat[7:14]
-    assert _batch(7, 3, 4, 5) == flat[12:15]
-    assert _batch(3, 8, 0, 0) != _batch(3, 8, 0, 1)
+    assert batch_of(7, 3, 4, 5) == flat[12:15]
+    assert batch_of(3, 8, 0, 0) != batch_of(3, 8, 0, 1)
 
 
 def test_a_few_exams_at_a_time_give_the_gradient_of_the_whole_batch(cohort):
     results = []
     for together in (None, 1, 3):
         preset = replace(TINY, batch=4, together=together)
-        run = Run.begin(_load(cohort, preset, "cpu"), preset, None, None, "cpu")
+        run = Run.begin(load_cohort(cohort, preset, "cpu"), preset, None, None, "cpu")
         c_atlas = run.maps(run.data.image, 0)
         push = torch.randn(c_atlas.shape, generator=torch.Generator().manual_seed(1))
         used = [p for name, p in run.network.named_parameters()]
@@ -433,7 +434,7 @@ def test_a_fine_cohort_is_fitted_on_its_fine_grid_and_gives_a_fine_atlas(cohort,
     store.build(cohort.parent, fine, 32, workers=0)
     fitting = Fitting(steps=2, nodes=4, size=24, learned=False, atlas_steps=0)
     preset = replace(TINY, atlas_size=24, consolidation=(ConsolidationStage(fitting, steps=2),))
-    data = _load(fine, preset, "cpu")
+    data = load_cohort(fine, preset, "cpu")
     assert (data.size, data.finest) == (16, 32)
     views, _ = data.views([0, 2], 24)
     assert views.image.shape == (2, 1, 24, 24, 24)
@@ -441,7 +442,7 @@ def test_a_fine_cohort_is_fitted_on_its_fine_grid_and_gives_a_fine_atlas(cohort,
     assert model.size == 16
     assert model.atlas.shape[-1] == 24
     with pytest.raises(CohortError, match="--size 32"):
-        _load(cohort, preset, "cpu")
+        load_cohort(cohort, preset, "cpu")
 
 
 def test_a_model_goes_on_with_another_size_of_atlas(cohort, trained, tmp_path):
@@ -450,7 +451,7 @@ def test_a_model_goes_on_with_another_size_of_atlas(cohort, trained, tmp_path):
 
 
 def test_the_mean_atlas_of_an_exam_with_itself_is_that_exam(cohort):
-    run = Run.begin(_load(cohort, TINY, "cpu"), TINY, None, None, "cpu")
+    run = Run.begin(load_cohort(cohort, TINY, "cpu"), TINY, None, None, "cpu")
     where = recipe.MARGIN * recipe.grid.identity((16, 16, 16))
     data = run.data
     run.data = data._replace(
@@ -481,7 +482,7 @@ def test_an_exam_that_borrows_a_view_is_shown_there_alone_and_from_its_middle(co
     chance = run._chance(0, 0)
     borrowed = run._borrowed([0, 1], chance, 1.0)
     still = Augmentation(scale=0, rotation=0, translation=0, cut=0, tone=0)
-    view = run._view([0, 1], chance, still, borrowed=borrowed)
+    view = run.data.view([0, 1], chance, still, borrowed=borrowed)
     height = view.places_box[:, 2:]
     assert (height[view.seen > 0] < 0.1).all()
     assert (height[view.foreground] < 0.1).all()
@@ -501,7 +502,7 @@ def test_an_exam_in_the_shape_of_another_has_its_map_there(cohort):
     run.lent = None
     shaped = run._shaped([0] * 8, run._chance(0, 1), 1.0)
     still = Augmentation(scale=0, rotation=0, translation=0, cut=0, tone=0)
-    view = run._view([0] * 8, run._chance(0, 2), still, shaped=shaped)
+    view = run.data.view([0] * 8, run._chance(0, 2), still, shaped=shaped)
     moved = (view.places_box - where).abs()
     assert moved[:, 1:].max() < 0.03
     inner = recipe.grid.resize(run.data.foreground[[0]].float(), (16,) * 3) > 0.99

@@ -38,7 +38,7 @@ from deepatlas.loop import (
     tensors_of,
 )
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
-from deepatlas.masks import LabelMaps, Masks
+from deepatlas.masks import LabelMaps
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.objective import (
     Atlas,
@@ -49,63 +49,14 @@ from deepatlas.objective import (
     likeness,
     objective,
 )
-from deepatlas.prepare import Prepared, window
 from deepatlas.shapes import Coordinates
 from deepatlas.store import Cohort
+from deepatlas.views import Cohorted, batch_of, by_anatomy, load_cohort
 
 LOG = logging.getLogger(__name__)
 NOT_FINITE_IN_A_ROW = 10
 ATLAS_RATE = 0.002
 """Of the atlas while maps are fitted."""
-
-
-class Fine(NamedTuple):
-    """The exams at twice the size that the network sees."""
-
-    hu: Tensor
-    """(exam, 1, 2n, 2n, 2n) int16: windowed when it is used."""
-    foreground: Tensor
-    box_to_mm: Tensor
-
-
-class Cohorted(NamedTuple):
-    """The cohort in memory, ready to be sampled."""
-
-    names: list[str]
-    image: Tensor
-    """(exam, 1, n, n, n), 0 ... 1."""
-    foreground: Tensor
-    box_to_mm: Tensor
-    """(exam, 4, 4) float64."""
-    size: int
-    region: str
-    fine: Fine | None = None
-    start: Tensor | None = None
-    """Of crops, the maps that the model above gives them: (exam, 3, m, m, m), see `deepatlas.store.CohortArrays`."""
-    labels: LabelMaps | None = None
-    """What is drawn on the exams, on the finest arrays there are; in joint training alone."""
-
-    @property
-    def finest(self) -> int:
-        """Voxels along each axis of the finest arrays there are."""
-        return self.fine.hu.shape[-1] if self.fine else self.size
-
-    def views(self, exams: list[int], size: int) -> tuple[Exams, Tensor]:
-        """Exams as they are on a grid of any size, and their boxes → mm: from the fine arrays where that is finer."""
-        fine = self.fine if size > self.size else None
-        image = torch.from_numpy(window(fine.hu[exams].numpy())).to(self.image) if fine else self.image[exams]
-        foreground, box_to_mm = ((fine or self).foreground[exams], (fine or self).box_to_mm[exams])
-        shape = (size,) * 3
-        seen = grid.resize(foreground.to(image), shape) > 0.5
-        masks = self.masks(exams, grid.identity(shape, device=image.device), box_to_mm)
-        return Exams(grid.shrink(image, shape), seen, box_to_mm[:, :3, :3].to(image), masks), box_to_mm
-
-    def masks(self, exams: list[int], places_box: Coordinates, box_to_mm: Tensor) -> Masks | None:
-        """What is drawn at places in boxes of exams, where anything is."""
-        if self.labels is None:
-            return None
-        to_finest = torch.linalg.inv((self.fine or self).box_to_mm[exams]) @ box_to_mm
-        return self.labels.at(exams, affine.apply(to_finest.to(places_box), places_box))
 
 
 class Lent(NamedTuple):
@@ -117,17 +68,6 @@ class Lent(NamedTuple):
     """Where in its box, (exam, 3, m, m, m), in half precision."""
     to_atlas: Tensor
     """The affine part of its map, (exam, 4, 4)."""
-
-
-class View(NamedTuple):
-    """A batch as drawn: what the network sees, and what the loss compares."""
-
-    seen: Tensor
-    image: Tensor
-    foreground: Tensor
-    mm_per_box: Tensor
-    places_box: Tensor
-    """Where every voxel lies in its exam's box."""
 
 
 def pretrain(
@@ -164,7 +104,7 @@ def pretrain(
     base = checkpoint.load(start_from) if start_from else None
     if base is not None and _holds_crops(cohort):  # a finer model is of the size of the one above it
         preset = replace(preset, network=base.network.config)
-    data = _load(cohort, preset, device, labels)
+    data = load_cohort(cohort, preset, device, labels)
     training = out / "training"
     check_folder(out, resume)
     run = Run.begin(data, preset, seed_exam, base, device)
@@ -447,12 +387,12 @@ class Run:
     def _consolidation_step(self, stage: ConsolidationStage, number: int, step: int) -> dict[str, float]:
         """The fitted maps, bent and turned with the exams, as targets of the finest level."""
         learned_from, chance = self.learned_from(stage), self._chance(number, step)
-        places = _batch(len(learned_from), self.preset.batch, step, self.preset.seed + 1 + number)
+        places = batch_of(len(learned_from), self.preset.batch, step, self.preset.seed + 1 + number)
         exams = [learned_from[place] for place in places]
         gentle = self.preset.augmentation.gentler(stage.gentle)
         borrowed = self._borrowed(exams, chance, stage.borrow) if stage.borrow else None
         shaped = self._shaped(exams, chance, stage.shapes) if stage.shapes else None
-        view = self._view(exams, chance, gentle, stage.bend, borrowed=borrowed, shaped=shaped)
+        view = self.data.view(exams, chance, gentle, stage.bend, borrowed=borrowed, shaped=shaped)
         shape = tuple(self.targets.shape[2:])
         truth = grid.sample(self.targets[exams], grid.resize(view.places_box, shape))
         weight = grid.resize(view.foreground.float(), shape)
@@ -462,7 +402,7 @@ class Run:
         error = (distance * weight).sum() / weight.sum().clamp_min(1)
         rate = stage.rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / stage.steps)
         off = torch.zeros(())
-        if (masks := self._drawn(exams, view, self.data.size)) is not None:
+        if (masks := self.data.drawn(view, self.data.size)) is not None:
             off = label_errors(Atlas(self.atlas, self._mm_per_atlas(), self.masks.detach()), c_atlas, masks).mean()
         norm = self._descend(0.05 * error + self.preset.weights.labels * off, self.network, rate)
         error, off = float(error.detach()), float(off.detach())
@@ -527,7 +467,8 @@ class Run:
 
     def _autoencoder_step(self, number: int, step: int) -> dict[str, float]:
         stage = self.preset.autoencoder
-        view = self._view(_batch(len(self.data.names), stage.batch, step, self.preset.seed), self._chance(number, step))
+        exams = batch_of(len(self.data.names), stage.batch, step, self.preset.seed)
+        view = self.data.view(exams, self._chance(number, step), self.preset.augmentation)
         sizes = sorted({level.loss_size for level in self.preset.levels})  # every grid it will be used on, in turn
         loss = self.autoencoder.loss(grid.shrink(view.image, (sizes[step % len(sizes)],) * 3))
         self._descend(loss, self.autoencoder, stage.rate * self._decay(step))
@@ -536,7 +477,7 @@ class Run:
     def warm_step(self, number: int, step: int) -> dict[str, float]:
         """Crops of the seed exam, whose coordinates are known: `MARGIN` times the place in the seed's box."""
         stage, generator = self.preset.warm, self._chance(number, step)
-        view = self._view([self.seed_index] * stage.batch, generator, Augmentation(), stage.bend, self.crops)
+        view = self.data.view([self.seed_index] * stage.batch, generator, Augmentation(), stage.bend, self.crops)
         shape = (16, 16, 16)
         c_atlas = grid.resize(self.maps(view.seen, self.network.coarsest), shape)
         truth = MARGIN * grid.resize(view.places_box, shape)
@@ -549,14 +490,14 @@ class Run:
     def level_step(self, number: int, step: int) -> dict[str, float]:
         stage = self.preset.levels[self.network.coarsest - self.level]
         clock = [time.perf_counter()]
-        exams = _batch(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)
-        view = self._view(exams, self._chance(number, step))
+        exams = batch_of(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)
+        view = self.data.view(exams, self._chance(number, step), self.preset.augmentation)
         clock.append(time.perf_counter())
         shape = (stage.loss_size,) * 3
         c_atlas = grid.resize(self.maps(view.seen, self.level), shape)
         clock.append(time.perf_counter())
         foreground = grid.resize(view.foreground.float(), shape) > 0.5
-        masks = self._drawn(exams, view, stage.loss_size)
+        masks = self.data.drawn(view, stage.loss_size)
         terms = objective(
             c_atlas,
             Exams(grid.shrink(view.image, shape), foreground, view.mm_per_box, masks),
@@ -598,48 +539,6 @@ class Run:
         """The generator of one step, from the preset's seed, the stage and the step alone."""
         key = np.random.SeedSequence((self.preset.seed, stage, step)).generate_state(1, np.uint64)[0]
         return Generator().manual_seed(int(key >> np.uint64(1)))
-
-    def _view(
-        self,
-        exams: list[int],
-        chance: Generator,
-        how: Augmentation | None = None,
-        bend: float = 0.0,
-        crop: bool = False,
-        borrowed: augment.Borrowed | None = None,
-        shaped: Coordinates | None = None,
-    ) -> View:
-        how = how or self.preset.augmentation
-        batch, shape, device = len(exams), (self.data.size,) * 3, self.device
-        box = self.data.box_to_mm[exams, :3, :3].float().to(device)
-        if crop:
-            matrix = augment.draw_crop(box, chance)
-        else:
-            matrix = augment.draw_affine(box, chance, how.scale, how.rotation, how.translation)
-        if borrowed is not None:
-            matrix[:, :3, 3] += borrowed.centre
-        cut = augment.draw_cut(batch, chance, how.cut)
-        tone = augment.draw_tone(batch, chance, how.tone).to(device)
-        places = augment.place(matrix, shape)
-        if bend:
-            places = places + grid.resize(augment.draw_bend(batch, chance, bend).to(device), shape)
-        if shaped is not None:
-            places = places + grid.sample(shaped, places)
-        within = grid.inside(places)
-        image = grid.sample(self.data.image[exams], places) * within
-        foreground = (grid.sample(self.data.foreground[exams].float(), places) > 0.5) & within
-        lost = augment.outside_cut(augment.Cut(*(part.to(device) for part in cut)), places)
-        if borrowed is not None:
-            lost |= grid.sample(borrowed.seen, places) < 0.5
-        seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
-        mm_per_box = box @ matrix[:, :3, :3]
-        return View(seen, image, foreground & ~lost, mm_per_box, places)
-
-    def _drawn(self, exams: list[int], view: View, size: int) -> Masks | None:
-        """What is drawn on a batch where it is shown, on a grid of any size."""
-        places, shown = (grid.resize(part.float(), (size,) * 3) for part in (view.places_box, view.foreground))
-        masks = self.data.masks(exams, places, self.data.box_to_mm[exams])
-        return masks and masks.only(shown > 0.5)
 
     def model(self) -> Model:
         """The model as it stands."""
@@ -687,54 +586,6 @@ class Run:
         return stage, step
 
 
-def by_anatomy(data: Cohorted) -> list[int]:
-    """The exams by their foreground in mm³, largest first: that one seeds the atlas. Source: §5.2.5."""
-    share = data.foreground.float().mean(dim=(1, 2, 3, 4)).double().cpu()
-    volume = share * torch.linalg.det(data.box_to_mm[:, :3, :3]).abs()
-    return torch.argsort(volume, descending=True, stable=True).tolist()
-
-
 def _holds_crops(path: Path) -> bool:
     with Cohort(path) as cohort:
         return cohort.region.startswith(CUBE)
-
-
-def _load(path: Path, preset: Preset, device: str, labels: LabelMaps | None = None) -> Cohorted:
-    with Cohort(path) as cohort:
-        arrays = cohort.load()
-        size, region = cohort.size, cohort.region
-    if len(arrays.names) < 2:
-        raise CohortError(f"{path} holds {len(arrays.names)} exam; a map is learned from pairs, bring at least 2.")
-    wanted = preset.prepared_size
-    if size not in (wanted, 2 * preset.network.size):
-        raise CohortError(
-            f"{path} is prepared at {size}³, preset {preset.name!r} expects {wanted}³; prepare it with --size {wanted}."
-        )
-    if labels is not None and tuple(labels.maps.shape[:2]) != (len(arrays.names), size):
-        raise CohortError(
-            f"{path} holds {len(arrays.names)} exams at {size}³, the labels are of {len(labels.maps)} at "
-            f"{labels.maps.shape[1]}³; read them for this cohort."
-        )
-    names, hu, foreground = list(arrays.names), torch.from_numpy(arrays.hu), torch.from_numpy(arrays.foreground)
-    box_to_mm, fine = torch.from_numpy(arrays.box_to_mm), None
-    if size > preset.network.size:
-        fine = Fine(hu[:, None], foreground[:, None].to(device), box_to_mm)
-        coarse = [Prepared(*each).pooled() for each in zip(arrays.hu, arrays.foreground, arrays.box_to_mm, strict=True)]
-        hu, foreground, box_to_mm = (
-            torch.from_numpy(np.stack([getattr(one, part) for one in coarse]))
-            for part in ("hu", "foreground", "box_to_mm")
-        )
-    image = torch.from_numpy(window(hu.numpy()))[:, None].to(device)
-    start = None if arrays.start is None else torch.from_numpy(arrays.start.astype(np.float32))
-    seen = foreground[:, None].to(device)
-    return Cohorted(names, image, seen, box_to_mm, preset.network.size, region, fine, start, labels)
-
-
-def _batch(exams: int, batch: int, step: int, seed: int) -> list[int]:
-    """The exams of a step: the cohort is gone through in a random order, again and again."""
-    chosen = []
-    for place in range(step * batch, (step + 1) * batch):
-        turn, index = divmod(place, exams)
-        order = np.random.default_rng((seed, turn)).permutation(exams)
-        chosen.append(int(order[index]))
-    return chosen

@@ -1,0 +1,184 @@
+"""What trainings draw: the exams of a cohort in memory, and batches of them in random pose, bend, view and tone.
+
+Source: §5.5.2; chance comes from the caller's generator (`deepatlas.augment`).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from deepatlas import affine, augment, grid
+from deepatlas.config import Augmentation, Preset
+from deepatlas.errors import CohortError
+from deepatlas.masks import LabelMaps, Masks
+from deepatlas.objective import Exams
+from deepatlas.prepare import Prepared, window
+from deepatlas.shapes import Coordinates
+from deepatlas.store import Cohort
+
+
+class View(NamedTuple):
+    """A batch as drawn: what the network sees, and what the loss compares."""
+
+    exams: list[int]
+    seen: Tensor
+    image: Tensor
+    foreground: Tensor
+    mm_per_box: Tensor
+    places_box: Tensor
+    """Where every voxel lies in its exam's box."""
+
+
+class Fine(NamedTuple):
+    """The exams at twice the size that the network sees."""
+
+    hu: Tensor
+    """(exam, 1, 2n, 2n, 2n) int16: windowed when it is used."""
+    foreground: Tensor
+    box_to_mm: Tensor
+
+
+class Cohorted(NamedTuple):
+    """The cohort in memory, ready to be sampled."""
+
+    names: list[str]
+    image: Tensor
+    """(exam, 1, n, n, n), 0 ... 1."""
+    foreground: Tensor
+    box_to_mm: Tensor
+    """(exam, 4, 4) float64."""
+    size: int
+    region: str
+    fine: Fine | None = None
+    start: Tensor | None = None
+    """Of crops, the maps that the model above gives them: (exam, 3, m, m, m), see `deepatlas.store.CohortArrays`."""
+    labels: LabelMaps | None = None
+    """What is drawn on the exams, on the finest arrays there are; in joint training alone."""
+
+    @property
+    def finest(self) -> int:
+        """Voxels along each axis of the finest arrays there are."""
+        return self.fine.hu.shape[-1] if self.fine else self.size
+
+    def views(self, exams: list[int], size: int) -> tuple[Exams, Tensor]:
+        """Exams as they are on a grid of any size, and their boxes → mm: from the fine arrays where that is finer."""
+        fine = self.fine if size > self.size else None
+        image = torch.from_numpy(window(fine.hu[exams].numpy())).to(self.image) if fine else self.image[exams]
+        foreground, box_to_mm = ((fine or self).foreground[exams], (fine or self).box_to_mm[exams])
+        shape = (size,) * 3
+        seen = grid.resize(foreground.to(image), shape) > 0.5
+        masks = self.masks(exams, grid.identity(shape, device=image.device), box_to_mm)
+        return Exams(grid.shrink(image, shape), seen, box_to_mm[:, :3, :3].to(image), masks), box_to_mm
+
+    def masks(self, exams: list[int], places_box: Coordinates, box_to_mm: Tensor) -> Masks | None:
+        """What is drawn at places in boxes of exams, where anything is."""
+        if self.labels is None:
+            return None
+        to_finest = torch.linalg.inv((self.fine or self).box_to_mm[exams]) @ box_to_mm
+        return self.labels.at(exams, affine.apply(to_finest.to(places_box), places_box))
+
+    def view(
+        self,
+        exams: list[int],
+        chance: Generator,
+        how: Augmentation,
+        bend: float = 0.0,
+        crop: bool = False,
+        borrowed: augment.Borrowed | None = None,
+        shaped: Coordinates | None = None,
+    ) -> View:
+        """Exams as a network is to see them, and as the loss compares them.
+
+        Args:
+            how: poses, cuts and tone.
+            bend: amplitude of a random smooth deformation, in box units.
+            crop: show random crops instead of other poses.
+            borrowed: show no more than other exams show.
+            shaped: displacements in the exams' boxes, to the shapes of others.
+        """
+        batch, shape, device = len(exams), (self.size,) * 3, self.image.device
+        box = self.box_to_mm[exams, :3, :3].float().to(device)
+        if crop:
+            matrix = augment.draw_crop(box, chance)
+        else:
+            matrix = augment.draw_affine(box, chance, how.scale, how.rotation, how.translation)
+        if borrowed is not None:
+            matrix[:, :3, 3] += borrowed.centre
+        cut = augment.draw_cut(batch, chance, how.cut)
+        tone = augment.draw_tone(batch, chance, how.tone).to(device)
+        places = augment.place(matrix, shape)
+        if bend:
+            places = places + grid.resize(augment.draw_bend(batch, chance, bend).to(device), shape)
+        if shaped is not None:
+            places = places + grid.sample(shaped, places)
+        within = grid.inside(places)
+        image = grid.sample(self.image[exams], places) * within
+        foreground = (grid.sample(self.foreground[exams].float(), places) > 0.5) & within
+        lost = augment.outside_cut(augment.Cut(*(part.to(device) for part in cut)), places)
+        if borrowed is not None:
+            lost |= grid.sample(borrowed.seen, places) < 0.5
+        seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
+        mm_per_box = box @ matrix[:, :3, :3]
+        return View(exams, seen, image, foreground & ~lost, mm_per_box, places)
+
+    def drawn(self, view: View, size: int) -> Masks | None:
+        """What is drawn on a batch where it is shown, on a grid of any size; None where nothing is drawn at all."""
+        places, shown = (grid.resize(part.float(), (size,) * 3) for part in (view.places_box, view.foreground))
+        masks = self.masks(view.exams, places, self.box_to_mm[view.exams])
+        return masks and masks.only(shown > 0.5)
+
+
+def load_cohort(path: Path, preset: Preset, device: str, labels: LabelMaps | None = None) -> Cohorted:
+    """Read a cohort.
+
+    Raises:
+        CohortError: fewer than two exams, of another size than the preset's, or other exams than the labels'.
+    """
+    with Cohort(path) as cohort:
+        arrays = cohort.load()
+        size, region = cohort.size, cohort.region
+    if len(arrays.names) < 2:
+        raise CohortError(f"{path} holds {len(arrays.names)} exam; a map is learned from pairs, bring at least 2.")
+    wanted = preset.prepared_size
+    if size not in (wanted, 2 * preset.network.size):
+        raise CohortError(
+            f"{path} is prepared at {size}³, preset {preset.name!r} expects {wanted}³; prepare it with --size {wanted}."
+        )
+    if labels is not None and tuple(labels.maps.shape[:2]) != (len(arrays.names), size):
+        raise CohortError(
+            f"{path} holds {len(arrays.names)} exams at {size}³, the labels are of {len(labels.maps)} at "
+            f"{labels.maps.shape[1]}³; read them for this cohort."
+        )
+    names, hu, foreground = list(arrays.names), torch.from_numpy(arrays.hu), torch.from_numpy(arrays.foreground)
+    box_to_mm, fine = torch.from_numpy(arrays.box_to_mm), None
+    if size > preset.network.size:
+        fine = Fine(hu[:, None], foreground[:, None].to(device), box_to_mm)
+        coarse = [Prepared(*each).pooled() for each in zip(arrays.hu, arrays.foreground, arrays.box_to_mm, strict=True)]
+        hu, foreground, box_to_mm = (
+            torch.from_numpy(np.stack([getattr(one, part) for one in coarse]))
+            for part in ("hu", "foreground", "box_to_mm")
+        )
+    image = torch.from_numpy(window(hu.numpy()))[:, None].to(device)
+    start = None if arrays.start is None else torch.from_numpy(arrays.start.astype(np.float32))
+    seen = foreground[:, None].to(device)
+    return Cohorted(names, image, seen, box_to_mm, preset.network.size, region, fine, start, labels)
+
+
+def batch_of(exams: int, batch: int, step: int, seed: int) -> list[int]:
+    """The exams of a step: the cohort is gone through in a random order, again and again."""
+    chosen = []
+    for place in range(step * batch, (step + 1) * batch):
+        turn, index = divmod(place, exams)
+        order = np.random.default_rng((seed, turn)).permutation(exams)
+        chosen.append(int(order[index]))
+    return chosen
+
+
+def by_anatomy(data: Cohorted) -> list[int]:
+    """The exams by their foreground in mm³, largest first: that one seeds the atlas. Source: §5.2.5."""
+    share = data.foreground.float().mean(dim=(1, 2, 3, 4)).double().cpu()
+    volume = share * torch.linalg.det(data.box_to_mm[:, :3, :3]).abs()
+    return torch.argsort(volume, descending=True, stable=True).tolist()
