@@ -26,8 +26,9 @@ from deepatlas.checkpoint import Model
 from deepatlas.config import FINE
 from deepatlas.embedding import embed
 from deepatlas.files import Exam, exam_name, find_exams, read_exam, read_labels
+from deepatlas.found import Found
 from deepatlas.library import define_files, without_faults
-from deepatlas.locate import Found, locate
+from deepatlas.locate import locate
 from deepatlas.metrics import dice
 from deepatlas.prepare import prepare
 from deepatlas.refine import refine

@@ -117,8 +117,21 @@ def dice(a, b):
 
 
 COMMANDS = (
-    *("prepare", "pretrain", "define", "structures", "locate", "propose", "vote", "embed", "atlas", "evaluate"),
-    *("points", "mark", "boxes", "roi", "crop", "uncrop", "coverage", "register", "models", "info", "phantoms", "demo"),
+    *(
+        "prepare",
+        "pretrain",
+        "finetune",
+        "define",
+        "structures",
+        "locate",
+        "propose",
+        "vote",
+        "embed",
+        "atlas",
+        "evaluate",
+    ),
+    *("points", "mark", "boxes", "roi", "crop", "uncrop", "coverage", "register", "evaluate"),
+    *("models", "info", "phantoms", "demo"),
 )
 
 
@@ -527,6 +540,26 @@ def test_pretrain_writes_a_model_and_can_be_resumed(call, work, monkeypatch):
     code, out, _ = call(*arguments, "--labels", work / "labels", "--names", work / "labels.json")
     assert (code, "Labels: " in out) == (0, True)
     refused(call(*arguments, "--labels", work / "labels", "--names", work / "none.json"), "--resume")  # before reading
+
+
+def test_finetune_writes_a_model_that_draws_by_its_head_until_it_is_defined_anew(call, taught, work, monkeypatch):
+    save(work / "images" / "two.nii.gz", anatomy()[0])
+    about = json.loads(call("info", taught, "--json")[1])
+    size = ["--size", about["size"], "--region", about["region"], "--workers", 0]
+    assert call("prepare", "-i", work / "images", "-o", work / "c.h5", *size)[0] == 0
+    arguments = ["finetune", "-c", work / "c.h5", "-o", work / "tuned", "--from", taught, "-l", work / "labels"]
+    arguments += ["--names", work / "labels.json", "--steps", 2]
+    code, out, err = call(*arguments)
+    assert (code, "Labels: " in out, "2/2 fine-tuning" in err) == (0, True, True)
+    assert f"draws {', '.join(NAMES)}" in out
+    refused(call(*arguments), "--resume")
+    assert json.loads(call("info", work / "tuned", "--json")[1])["fine-tuned"] == sorted(NAMES)
+    assert call("locate", "-m", work / "tuned", "-i", work / "images" / "one.nii.gz", "-o", work / "found")[0] == 0
+    first = next(iter(NAMES))
+    again = ["define", "-m", work / "tuned", "-i", work / "images" / "one.nii.gz", "-l", work / "labels" / "one.nii.gz"]
+    code, out, _ = call(*again, "--names", work / "labels.json", "--structures", first)
+    assert (code, f"by the map again, the head had learned the old drawing: {first}" in out) == (0, True)
+    assert json.loads(call("info", work / "tuned", "--json")[1])["fine-tuned"] == sorted(set(NAMES) - {first})
 
 
 def test_the_demo_says_what_it_does_and_found(call, work, monkeypatch):

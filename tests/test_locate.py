@@ -16,7 +16,8 @@ from deepatlas import grid
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.embedding import Likeness
 from deepatlas.errors import ExamError, StructureError
-from deepatlas.locate import ABSENT, PRESENT, Found, define, locate, owners_reference
+from deepatlas.found import Found
+from deepatlas.locate import ABSENT, PRESENT, define, locate, owners_reference
 from deepatlas.tissue import BINS, PARTS
 from deepatlas.volume import Volume, apply, reorder
 from exact import CENTRE, FRAME, OTHER, RADIUS, balls, blank, dice, exact, scan

@@ -46,7 +46,10 @@ def define(model: "Model", exam: str | Path, labels: str | Path, names: Mapping[
     from deepatlas.locate import define as made
 
     image = read_exam(exam)
-    model.structures.update(made(model, [(image, read_labels(labels, like=image))], names).structures)
+    taught = made(model, [(image, read_labels(labels, like=image))], names)
+    model.structures.update(taught.structures)
+    for name in model.segmented.keys() - taught.segmented.keys():
+        del model.segmented[name]
     if model.finer:
         from deepatlas.library import define_files
 
@@ -58,7 +61,7 @@ class _Locate(ModuleType):
     """The module `deepatlas.locate`, which is also called as the function of its name."""
 
     def __call__(self, model: "Model", exam: str | Path, structures: Iterable[str] | None = None) -> dict:
-        """Find structures in an exam on disk: name → `deepatlas.locate.Found`; see `deepatlas.locate.locate`."""
+        """Find structures in an exam on disk: name → `deepatlas.found.Found`; see `deepatlas.locate.locate`."""
         from deepatlas.files import read_exam
 
         return self.locate(model, read_exam(exam), structures)

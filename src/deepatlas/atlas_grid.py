@@ -36,7 +36,8 @@ class AtlasGrid:
             RegionError: neither is known.
         """
         region = regions.region_of(model, name)
-        return cls(replace(model, structures={}, landmarks={}, finer={}, regions={region.name: region}), region)
+        alone = {"structures": {}, "landmarks": {}, "finer": {}, "head": None, "segmented": {}}
+        return cls(replace(model, regions={region.name: region}, **alone), region)
 
     def frame(self, spacing_mm: float, scaling: str = "percentile") -> Frame:
         """The grid over the region, as large as on the exam that the atlas lies on.

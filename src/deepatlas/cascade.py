@@ -20,7 +20,7 @@ from deepatlas.atlas import Region, Structure
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.embedding import Embedded, embed, map_prepared
 from deepatlas.errors import ExamError
-from deepatlas.locate import Found, redrawn
+from deepatlas.found import Found, redrawn
 from deepatlas.prepare import prepare_cube
 from deepatlas.refine import settled
 from deepatlas.shapes import Coordinates

@@ -7,6 +7,7 @@ A model folder, format version 1:
                            landmarks
 ``weights.safetensors``    network, autoencoder and atlas; half or single precision
 ``structures.safetensors`` one soft mask per structure
+``head.safetensors``       of a fine-tuned model: the segmentation head with its backbone (`deepatlas.finetune`)
 ``finer/NAME/``            a model of the cube NAME of this atlas, a folder of the same kind (`deepatlas.cascade`)
 =========================  ===============================================================================
 
@@ -30,13 +31,14 @@ from deepatlas.atlas import REGION_NODES, Region, Structure
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.config import NetworkConfig
 from deepatlas.errors import ModelError, StructureError
-from deepatlas.networks import CoordinateNetwork
+from deepatlas.networks import CoordinateNetwork, SegmentationHead
 from deepatlas.tissue import BINS, MOST, PARTS
 
 FORMAT = "deepatlas-model"
 VERSION = 1
 LARGEST_HEADER = 4 << 20
 FINER = "finer"
+HEAD = "head.safetensors"
 MARGIN = 0.9
 """The seed exam's box lies within ± this in the atlas, so that tanh has room for anatomy beyond it."""
 
@@ -65,6 +67,10 @@ class Model:
     """Named points, in atlas units."""
     finer: "dict[str, Model]" = field(default_factory=dict)
     """Models of cubes of this atlas, see `deepatlas.cascade`."""
+    head: SegmentationHead | None = None
+    """A supervised segmentation on top of the map, see `deepatlas.finetune`."""
+    segmented: dict[str, int] = field(default_factory=dict)
+    """Structures that the head speaks for, and its channel of each. One that is made anew is the map's again."""
 
     @property
     def size(self) -> int:
@@ -77,6 +83,11 @@ class Model:
         scale = torch.diag(torch.tensor([1 / MARGIN] * 3 + [1.0], dtype=torch.float64))
         return self.seed_box_to_mm @ scale
 
+    @property
+    def fine_tuned(self) -> set[str]:
+        """Structures that its head, or that of a finer model, speaks for."""
+        return set(self.segmented).union(*(one.fine_tuned for one in self.finer.values()))
+
     def structure(self, name: str) -> Structure:
         """A structure of the library, or a StructureError that lists what there is."""
         if name not in self.structures:
@@ -87,7 +98,9 @@ class Model:
 
     def with_structures(self, *added: Structure) -> "Model":
         """The model with structures added; one of the same name is replaced, the others stay."""
-        return replace(self, structures=self.structures | {s.name: s for s in added})
+        names = {s.name for s in added}
+        segmented = {name: channel for name, channel in self.segmented.items() if name not in names}
+        return replace(self, structures=self.structures | {s.name: s for s in added}, segmented=segmented)
 
     def with_regions(self, *added: Region) -> "Model":
         """The model with regions added; one of the same name is replaced, the others stay."""
@@ -98,7 +111,8 @@ class Model:
         self.structure(name)
         structures = {k: s for k, s in self.structures.items() if k != name}
         finer = {k: one.without(name) if name in one.structures else one for k, one in self.finer.items()}
-        return replace(self, structures=structures, finer=finer)
+        segmented = {k: channel for k, channel in self.segmented.items() if k != name}
+        return replace(self, structures=structures, finer=finer, segmented=segmented)
 
 
 def save(model: Model, folder: Path, half: bool = False) -> None:
@@ -109,6 +123,8 @@ def save(model: Model, folder: Path, half: bool = False) -> None:
     tensors["atlas"] = model.atlas
     kind = torch.float16 if half else torch.float32
     write_tensors(folder / "weights.safetensors", {k: v.to(kind) for k, v in tensors.items()})
+    if model.head is not None:
+        write_tensors(folder / HEAD, {k: v.to(kind) for k, v in model.head.state_dict().items()})
     for name, finer in model.finer.items():
         save(finer, folder / FINER / name, half)
     _describe(model, folder)
@@ -158,6 +174,8 @@ def _describe(model: Model, folder: Path) -> None:
         ],
         "landmarks": {name: list(place) for name, place in model.landmarks.items()},
     }
+    if model.head is not None:
+        about["head"] = {"channels": model.head.channels, "width": model.head.width, "structures": model.segmented}
     write_text(folder / "model.json", json.dumps(about, indent=1))
 
 
@@ -196,6 +214,7 @@ def load(folder: Path) -> Model:
             landmarks={str(name): _place(place) for name, place in about.get("landmarks", {}).items()},
             name=folder.name,
             familiar=float(about["familiar"]),
+            **_load_head(folder, network.config, about.get("head"), structures),
             finer={path.parent.name: load(path.parent) for path in sorted((folder / FINER).glob("*/model.json"))},
         )
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -203,6 +222,24 @@ def load(folder: Path) -> Model:
             f"{folder / 'model.json'} does not describe a model ({error}); copy the model again."
         ) from error
     return model
+
+
+def _load_head(folder: Path, config: NetworkConfig, about: dict | None, known: dict[str, Structure]) -> dict:
+    """The fields of a model that a segmentation head fills."""
+    if about is None:
+        return {}
+    channels, width = int(about["channels"]), int(about["width"])
+    segmented = {str(name): int(channel) for name, channel in about["structures"].items()}
+    if not (0 < channels <= 254 and 0 < width <= 256 and set(segmented.values()) <= set(range(channels))):
+        raise ValueError("sizes beyond what any head has")
+    if unknown := set(segmented) - set(known):
+        raise ValueError(f"a head that speaks for {unknown.pop()}, which is not in the library")
+    with torch.device("meta"):
+        head = SegmentationHead(config, channels, width)
+    shapes = {k: tuple(v.shape) for k, v in head.state_dict().items()}
+    tensors = read_tensors(folder / HEAD, shapes, {"F16", "F32"})
+    head.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
+    return {"head": head.eval().requires_grad_(False), "segmented": segmented}
 
 
 def lineage(folder: Path) -> list[Model]:

@@ -3,6 +3,7 @@
 The defaults are the paper's (§5.2, §5.3, §5.5.2) where it prints a number.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 CUBE = "cube "
@@ -250,6 +251,38 @@ class RegSeg:
 REGSEG_CT = RegSeg(window=8, bending=1.0)
 """For CT laid on an atlas: over a whole CT the contrast of air and tissue decides the correlation. Chosen among three
 on the pairs of `docs/results/register-pairs.json`."""
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Supervised fine-tuning (`deepatlas.finetune`, §3.3.3). The paper prints no settings."""
+
+    steps: int = 3000
+    batch: int = 2
+    rate: float = 2e-3
+    warm_up: int = 50
+    """Steps over which the rate rises; then it falls along a cosine to a hundredth."""
+    clip: float = 1.0
+    """Largest norm of a step's gradient."""
+    width: int = 8
+    """Channels of the head at the image's own resolution."""
+    entropy: float = 10.0
+    """Weight of the cross entropy beside soft Dice."""
+    astray: float = 0.05
+    """Amplitude of a random smooth error of the map, in atlas units."""
+    augmentation: Augmentation = field(
+        default_factory=lambda: Augmentation(scale=0.15, rotation=0.2, translation=0.1, cut=0.1, tone=0.3)
+    )
+    bend: float = 0.06
+    """Amplitude of a random smooth deformation, in box units."""
+    checkpoint_minutes: float = 3.0
+    seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        """Of a step."""
+        fall = 0.01 + 0.495 * (1 + math.cos(math.pi * step / self.steps))
+        return self.rate * min(1.0, (step + 1) / self.warm_up) * fall
+
 
 PAPER = Preset(
     name="paper",

@@ -18,7 +18,8 @@ from deepatlas import checkpoint, dense, evaluate, files, outputs, phantom, plac
 from deepatlas.checkpoint import Model
 from deepatlas.config import PRESETS, Fitting, Preset
 from deepatlas.embedding import Embedded, embed
-from deepatlas.locate import Found, define, locate
+from deepatlas.found import Found
+from deepatlas.locate import define, locate
 from deepatlas.loop import Progress
 from deepatlas.phantom import STRUCTURES, PhantomExam
 from deepatlas.prepare import sample_mm

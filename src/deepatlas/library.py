@@ -156,7 +156,8 @@ def renamed(model: Model, old: str, new: str) -> Model:
     structures = {new if name == old else name: one for name, one in model.structures.items()}
     structures[new] = structures[new].renamed(new)
     finer = {key: renamed(one, old, new) if old in one.structures else one for key, one in model.finer.items()}
-    return replace(model, structures=structures, finer=finer)
+    segmented = {new if name == old else name: channel for name, channel in model.segmented.items()}
+    return replace(model, structures=structures, finer=finer, segmented=segmented)
 
 
 def _in_order(maps: list[Embedded]) -> Iterator[Embedded]:

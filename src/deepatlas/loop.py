@@ -91,6 +91,7 @@ COSTS = {
     "semi": 0.8,
     "guided": 1.2,
     "joint": 1.3,
+    "fine-tuning": 1.0,
 }
 """Rough cost of a step of each kind of stage, to tell the time that is left."""
 

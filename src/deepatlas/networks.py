@@ -214,6 +214,35 @@ class CoordinateNetwork(nn.Module):
         return torch.tanh(logits)
 
 
+class SegmentationHead(nn.Module):
+    """(image, log odds by the map) → log odds of every structure: a backbone of its own with two layers on top.
+
+    The first layer is of the backbone's resolution, the second of the image's. It begins as the odds it is given.
+
+    Source: §3.3.3; that it is given the map's odds and adds to them is ours.
+    """
+
+    def __init__(self, config: NetworkConfig, channels: int, width: int = 8) -> None:
+        super().__init__()
+        self.channels, self.width = channels, width
+        self.backbone = Backbone(config.widths, config.groups, config.stem_stride)
+        self.coarse = Residual(config.widths[0], width, config.groups)
+        self.given = nn.Conv3d(1 + channels, width, 3, padding=1)
+        self.fine = Residual(width, width, config.groups)
+        self.last = nn.Conv3d(width, channels, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(
+        self, image: Image, odds: Float[Tensor, "batch structure i j k"]
+    ) -> Float[Tensor, "batch structure i j k"]:
+        """Of the image's own grid, which is also that of the odds."""
+        shape = tuple(image.shape[2:])
+        x = grid.resize(self.coarse(self.backbone(image)[0]), shape)
+        x = self.fine(x + self.given(channels_last(torch.cat([image, odds / 4], dim=1))))
+        return odds + channels_first(self.last(F.leaky_relu(x, LEAK)))
+
+
 def parameter_count(module: nn.Module) -> int:
     """Trainable numbers of a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)

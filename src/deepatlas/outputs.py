@@ -17,7 +17,7 @@ from deepatlas import checkpoint, files, transforms
 from deepatlas.checkpoint import Model
 from deepatlas.errors import DeepAtlasError, ExamError, StructureError
 from deepatlas.files import Exam
-from deepatlas.locate import Found
+from deepatlas.found import Found
 from deepatlas.transforms import Transform
 from deepatlas.volume import Volume
 

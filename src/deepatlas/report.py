@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from deepatlas import checkpoint
 from deepatlas.errors import ExamError
 from deepatlas.files import Exam
-from deepatlas.locate import Found
+from deepatlas.found import Found
 from deepatlas.volume import Volume, ras_order, reorder
 
 WINDOW_HU = (-200.0, 300.0)

@@ -17,7 +17,8 @@ from deepatlas import grid
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
 from deepatlas.embedding import Embedded
-from deepatlas.locate import Found, locate, redrawn
+from deepatlas.found import Found, redrawn
+from deepatlas.locate import locate
 from deepatlas.objective import local_correlation
 from deepatlas.prepare import Prepared, sample_mm
 from deepatlas.register import fitted, matches

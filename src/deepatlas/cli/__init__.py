@@ -30,7 +30,7 @@ regseg_app = typer.Typer(
 )
 
 for command in (
-    *(training.prepare, training.pretrain),
+    *(training.prepare, training.pretrain, training.finetune),
     *(library.define, library.export),
     *(answers.locate, answers.propose, answers.vote, answers.embed, answers.atlas, answers.evaluate),
     *(geometry.points, geometry.mark, geometry.boxes, geometry.roi, geometry.crop, geometry.uncrop),

@@ -25,7 +25,7 @@ from deepatlas.cli.speech import counting, each_exam, end
 from deepatlas.errors import DeepAtlasError, ModelError, StructureError
 
 if TYPE_CHECKING:
-    from deepatlas.locate import Found
+    from deepatlas.found import Found
 
 
 def locate(

@@ -61,6 +61,8 @@ def define(
     for name in made.defined:
         one = made.model.structures[name]
         typer.echo(f"{name}: number {one.label}, from {one.exams} exam{'s' * (one.exams > 1)}.")
+    if again := sorted(base.fine_tuned - made.model.fine_tuned):
+        typer.echo(f"Drawn by the map again, the head had learned the old drawing: {', '.join(again)}.")
     if made.undrawn:
         typer.echo(f"Not drawn in any exam, left out: {', '.join(made.undrawn)}.")
     end(made.failed)
@@ -160,11 +162,13 @@ def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], 
         "level": loaded.level,
         "seed_exam": loaded.seed_exam,
         "structures": [{"name": s.name, "label": s.label, "exams": s.exams} for s in loaded.structures.values()],
+        "fine-tuned": sorted(loaded.fine_tuned),
     }
     if as_json:
         typer.echo(json.dumps(about))
         return
     names = [f"{one['name']} ({one['label']})" for one in about.pop("structures")]
+    about["fine-tuned"] = ", ".join(about["fine-tuned"]) or "none"
     for key, value in about.items():
         typer.echo(f"{key:<11} {value}")
     typer.echo(f"structures  {', '.join(names) or 'none'}")

@@ -1,4 +1,4 @@
-"""Commands that learn: prepare, pretrain."""
+"""Commands that learn: prepare, pretrain, finetune."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,14 @@ from deepatlas.errors import DeepAtlasError
 
 if TYPE_CHECKING:
     from deepatlas.cascade import Cutter
+    from deepatlas.masks import LabelMaps
+
+
+NamesOption = Annotated[Path | None, typer.Option(help='JSON, {"larynx": 6, ...}, of --labels.')]
+InPartOption = Annotated[
+    str | None, typer.Option(help="Structures drawn in part, a,b: nothing is known beyond their drawn slices.")
+]
+ExcludeOption = Annotated[Path | None, typer.Option(help='JSON, {"larynx": ["exam", ...]}: labels known to be wrong.')]
 
 
 def prepare(
@@ -74,17 +82,13 @@ def pretrain(
     labels: Annotated[
         Path | None, typer.Option("-l", "--labels", help="Label maps of some exams: learn from them as well.")
     ] = None,
-    names: Annotated[Path | None, typer.Option(help='JSON, {"larynx": 6, ...}, of --labels.')] = None,
-    in_part: Annotated[
-        str | None, typer.Option(help="Structures drawn in part, a,b: nothing is known beyond their drawn slices.")
-    ] = None,
-    exclude: Annotated[
-        Path | None, typer.Option(help='JSON, {"larynx": ["exam", ...]}: labels known to be wrong.')
-    ] = None,
+    names: NamesOption = None,
+    in_part: InPartOption = None,
+    exclude: ExcludeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Learn the map from a cohort, without any label; with --labels, jointly from images and labels."""
-    from deepatlas import checkpoint, masks
+    from deepatlas import checkpoint
     from deepatlas.config import PRESETS
     from deepatlas.loop import check_folder
     from deepatlas.pretrain import pretrain as train
@@ -97,13 +101,45 @@ def pretrain(
     choice("--preset", preset, tuple(PRESETS))
     check_device(device)
     base = checkpoint.find(start_from) if start_from else None
-    drawn = None
-    if labels is not None:
-        check_folder(output, resume)  # before minutes of reading
-        faults = read_json(exclude, dict) if exclude else None
-        with counting("Reading labels") as count:
-            drawn = masks.read(cohort, labels, table_of_names(names, None), names_in(in_part), faults, count)
-        typer.echo(f"Labels: {drawn}.")
+    check_folder(output, resume)  # before minutes of reading
+    drawn = _drawn(cohort, labels, names, in_part, exclude) if labels is not None else None
     with training() as report:
         model = train(cohort, output, PRESETS[preset], seed_exam, base, resume, device, report, drawn)
     typer.echo(f"{output}: trained with preset {preset} on seed exam {model.seed_exam}.")
+
+
+def _drawn(cohort: Path, labels: Path, names: Path, in_part: str | None, exclude: Path | None) -> "LabelMaps":
+    """Read the label maps of a cohort."""
+    from deepatlas import masks
+
+    faults = read_json(exclude, dict) if exclude else None
+    with counting("Reading labels") as count:
+        drawn = masks.read(cohort, labels, table_of_names(names, None), names_in(in_part), faults, count)
+    typer.echo(f"Labels: {drawn}.")
+    return drawn
+
+
+def finetune(
+    cohort: Annotated[Path, typer.Option("-c", "--cohort", help="The cohort that the model learned from, or another.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
+    start_from: Annotated[str, typer.Option("--from", help="The trained map, with these structures defined.")],
+    labels: Annotated[Path, typer.Option("-l", "--labels", help="Label maps of some of the cohort's exams.")],
+    names: Annotated[Path, typer.Option(help='JSON, {"larynx": 6, ...}, of --labels.')],
+    in_part: InPartOption = None,
+    exclude: ExcludeOption = None,
+    steps: Annotated[int | None, typer.Option(help="Steps; by default 3000.", min=1)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a training that was stopped.")] = False,
+) -> None:
+    """Train a supervised segmentation on top of a map: `locate` draws these structures by it then."""
+    from deepatlas import checkpoint
+    from deepatlas.config import FineTuning
+    from deepatlas.finetune import finetune as train
+    from deepatlas.loop import check_folder
+
+    base = checkpoint.find(start_from)
+    check_folder(output, resume)  # before minutes of reading
+    drawn = _drawn(cohort, labels, names, in_part, exclude)
+    settings = FineTuning() if steps is None else FineTuning(steps=steps)
+    with training() as report:
+        model = train(cohort, output, base, drawn, settings, resume, report)
+    typer.echo(f"{output}: draws {', '.join(model.segmented)}.")

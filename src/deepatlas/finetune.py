@@ -1,0 +1,175 @@
+"""Supervised fine-tuning: from a trained map and the label maps of some exams, a segmentation of its structures.
+
+Source: §3.3.3. All layers are optimised, from labelled exams alone; the map itself is left as it is.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Generator, Tensor
+
+from deepatlas import augment, checkpoint, grid, losses
+from deepatlas.checkpoint import Model
+from deepatlas.config import FineTuning, Preset
+from deepatlas.errors import CohortError, StructureError
+from deepatlas.loop import (
+    Progress,
+    Reporter,
+    State,
+    check_folder,
+    csv_log,
+    optimiser_of,
+    read_state,
+    save_state,
+    tensors_of,
+)
+from deepatlas.machine import denormals_are_zero, keep_freed_memory
+from deepatlas.masks import LabelMaps
+from deepatlas.networks import SegmentationHead
+from deepatlas.segmentation import odds_by_map
+from deepatlas.views import Cohorted, batch_of, load_cohort
+
+COLUMNS = ("stage", "step", "seconds", "loss", "dice", "entropy", "gradient")
+
+
+def finetune(
+    cohort: Path,
+    out: Path,
+    start_from: Path,
+    labels: LabelMaps,
+    settings: FineTuning | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Model:
+    """Train a segmentation of the structures that are drawn, and write the model with it.
+
+    Args:
+        cohort: exams as the model prepares them, or the crops of its cube.
+        out: model folder; ``training/`` inside it holds the log and the state to resume from.
+        start_from: the trained map, with the structures in its library.
+        labels: what is drawn on the cohort's exams, `deepatlas.masks.read`.
+        resume: continue a training that was stopped; to the bit with the same number of threads.
+
+    Raises:
+        CohortError: prepared otherwise than the model's exams.
+        StructureError: a structure is not in the model's library.
+        ModelError: nothing to resume, or another training than the one begun.
+
+    Source: §3.3.3.
+    """
+    settings = settings or FineTuning()
+    base = checkpoint.load(start_from)
+    unknown = [name for name in labels.names if name not in base.structures]
+    if unknown:
+        raise StructureError(
+            f"The map of {base.name} does not know {', '.join(unknown)}; make them with `deepatlas define` first."
+        )
+    data = load_cohort(cohort, Preset("fine-tuning", base.network.config), "cpu", labels)
+    if data.region != base.region:
+        raise CohortError(
+            f"The model sees {base.region!r}, the cohort holds {data.region!r}; prepare it for this model."
+        )
+    check_folder(out, resume)
+    run = Run(data, base, settings)
+    about = {"settings": asdict(settings), "exams": data.names, "labels": str(labels), "--from": base.seed_exam}
+    about = json.loads(json.dumps(about))
+    folder = out / "training"
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    first = run.restore(folder, about) if resume else 0
+    stages = [("fine-tuning", settings.steps, None)]
+    with csv_log(folder / "log.csv", resume, COLUMNS) as write_row, denormals_are_zero():
+        report = Reporter(stages, (0, first), on_progress, write_row)
+        saved = time.monotonic()
+        for step in range(first, settings.steps):
+            report.step(0, step, "fine-tuning", settings.steps, run.step(step))
+            if time.monotonic() - saved > 60 * settings.checkpoint_minutes:
+                run.save(folder, about, step + 1)
+                saved = time.monotonic()
+    model = run.model()
+    checkpoint.save(model, out)
+    run.save(folder, about, settings.steps)
+    return model
+
+
+def shares(labels: LabelMaps, size: int) -> UInt8[Tensor, "exam structure n n n"]:
+    """How much of each voxel of a grid a structure fills, as 0 ... 255: an edge can lie within a voxel."""
+    every = labels.maps.shape[-1] // size
+    found = torch.empty(len(labels.maps), len(labels.names), *(size,) * 3, dtype=torch.uint8)
+    for channel in range(len(labels.names)):
+        for exam, drawn in enumerate(labels.maps):
+            found[exam, channel] = F.avg_pool3d((drawn == channel + 1).float()[None], every)[0].mul(255).round()
+    return found
+
+
+class Run:
+    """The head and its optimiser. Every step draws its chance from the seed and the step alone."""
+
+    def __init__(self, data: Cohorted, base: Model, settings: FineTuning) -> None:
+        self.data, self.base, self.settings = data, base, settings
+        self.structures = [base.structures[name] for name in data.labels.names]
+        self.inside = shares(data.labels, data.size)
+        self.drawn = [n for n, ends in enumerate(data.labels.ends) if bool((ends[:, 0] < torch.inf).any())]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.network = SegmentationHead(base.network.config, len(self.structures), settings.width)
+        self.network.backbone.load_state_dict(base.network.backbone.state_dict())
+        self.network.train().requires_grad_(True)
+        self.optimiser = torch.optim.Adam(self.network.parameters(), settings.rate)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step down the loss; its terms."""
+        s = self.settings
+        chance = self.chance(step)
+        exams = [self.drawn[n] for n in batch_of(len(self.drawn), s.batch, step, s.seed)]
+        view = self.data.view(exams, chance, s.augmentation, s.bend)
+        known = self.data.drawn(view, self.data.size).known()
+        inside = grid.sample(self.inside[exams].float() / 255, view.places_box)
+        found = self.network(view.seen, self.odds(view.seen, chance))
+        apart = losses.soft_dice(found.sigmoid() * known, inside * known).mean()
+        entropy = F.binary_cross_entropy_with_logits(found, inside, known.float())
+        loss = apart + s.entropy * entropy
+        self.optimiser.param_groups[0]["lr"] = s.rate_at(step)
+        self.optimiser.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), s.clip)
+        self.optimiser.step()
+        terms = {"loss": loss, "dice": apart, "entropy": entropy, "gradient": norm}
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    @torch.no_grad()
+    def odds(self, seen: Tensor, chance: Generator) -> Tensor:
+        """What the map says of an exam, a little moved: on exams that it was trained on it is surer than on others."""
+        c_atlas = self.base.network(seen, self.base.level)
+        off = augment.draw_bend(len(seen), chance, self.settings.astray)
+        c_atlas = c_atlas + grid.resize(off, tuple(c_atlas.shape[2:]))
+        return grid.resize(odds_by_map(self.structures, c_atlas), tuple(seen.shape[2:]))
+
+    def chance(self, step: int) -> Generator:
+        """The generator of one step."""
+        key = np.random.SeedSequence((self.settings.seed, step)).generate_state(1, np.uint64)[0]
+        return Generator().manual_seed(int(key >> np.uint64(1)))
+
+    def model(self) -> Model:
+        """The map with the head as it stands."""
+        names = {name: channel for channel, name in enumerate(self.data.labels.names)}
+        return replace(self.base, head=self.network.eval().requires_grad_(False), segmented=names)
+
+    def save(self, folder: Path, about: dict, step: int) -> None:
+        """Write the state to resume from."""
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        save_state(folder, State(0, step, tensors | tensors_of(self.optimiser, "adam.")), about)
+
+    def restore(self, folder: Path, about: dict) -> int:
+        """Read the state back; the step to go on with."""
+        state = read_state(folder, about)
+        self.network.load_state_dict(checkpoint.under(state.tensors, "network."))
+        optimiser_of(self.optimiser, checkpoint.under(state.tensors, "adam."))
+        return state.step

@@ -1,0 +1,89 @@
+"""Supervised segmentation on top of a map: its backbone with a head of two layers, and where that finds structures.
+
+The map knows where a structure ought to be, the head where in this exam it ends. The network is given the image and the
+log odds of every structure by the map, and adds to these: it begins as the map's own answer, and what is not in the
+scan is still the map's to say.
+
+Source: §3.3.3 (the last convolution replaced by a new two-layer head, all layers optimised); the map's odds are ours.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from deepatlas import grid
+from deepatlas.atlas import Structure
+from deepatlas.checkpoint import Model
+from deepatlas.dense import blocks
+from deepatlas.embedding import Embedded, likeness_of
+from deepatlas.found import Found, redrawn
+from deepatlas.shapes import Coordinates
+from deepatlas.volume import Volume
+
+LEAST = 1e-3
+"""The map is never surer than this that a voxel is in a structure, or is not."""
+
+
+def odds_by_map(structures: Iterable[Structure | None], c_atlas: Coordinates) -> Float[Tensor, "batch structure i j k"]:
+    """Log odds of structures at coordinates, 0 at the level of each; of an unknown one (None) as of what is far off."""
+    found = []
+    for one in structures:
+        inside = torch.zeros_like(c_atlas[:, :1]) if one is None else one.membership(c_atlas)
+        level = torch.tensor(0.5 if one is None else one.level)
+        found.append(torch.logit(inside.clamp(LEAST, 1 - LEAST)) - torch.logit(level))
+    return torch.cat(found, dim=1)
+
+
+def probabilities(model: Model, embedded: Embedded) -> Float[Tensor, "1 structure n n n"]:
+    """By the model's head, one channel each, on the network's grid over the exam's prepared box."""
+    shape = (model.size,) * 3
+    image = grid.shrink(torch.from_numpy(embedded.prepared.image)[None, None], shape)
+    at = grid.resize(embedded.c_atlas, (model.network.config.sizes[0],) * 3)
+    known: list[Structure | None] = [None] * model.head.channels
+    for name, channel in model.segmented.items():
+        known[channel] = model.structures[name]
+    with torch.no_grad():
+        odds = grid.resize(odds_by_map(known, at), shape)
+        return model.head(image, odds).sigmoid()
+
+
+def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[str, Found]) -> dict[str, Found]:
+    """Answers of the map with masks by the model's head, for the structures it knows.
+
+    What the map calls absent stays absent, and where the head finds nothing of a structure the map's mask stays.
+    Confidence is the lesser of the Dice that the probabilities lead one to expect and the likeness around.
+    """
+    names = [name for name in model.segmented if name in found and found[name].status != "absent"]
+    if not names:
+        return found
+    likely = probabilities(model, embedded)[:, [model.segmented[name] for name in names]]
+    owner = np.full(exam.shape, -1, dtype=np.int16)
+    counts, sums = np.zeros(len(names), dtype=np.int64), np.zeros((len(names), 2))
+    numbers = np.array([list(found).index(name) for name in names], dtype=np.int16)
+    for block, box in blocks(embedded, exam):
+        inside = grid.inside(box)[0, 0]
+        points = box[0][:, inside]
+        at = grid.sample(likely, points[None])[0]
+        most, which = at.max(dim=0)
+        own = most > 0.5
+        part = np.full(inside.shape, -1, dtype=np.int16)
+        part[inside.numpy()] = np.where(own.numpy(), numbers[which.numpy()], -1)
+        owner[block] = part
+        sums[:, 0] += at.sum(dim=1).numpy()
+        sums[:, 1] += np.bincount(which[own], most[own], len(names))
+        counts += np.bincount(which[own], minlength=len(names))
+    kept = {number for number, count in zip(numbers, counts, strict=True) if count}
+    for number, one in enumerate(found.values()):
+        if number not in kept and one.mask is not None:
+            owner[(owner < 0) & one.mask] = number
+    result = redrawn(found, owner, exam)
+    alike = likeness_of(model, embedded)
+    for name, number, count, (everywhere, own) in zip(names, numbers, counts, sums, strict=True):
+        if number in kept:
+            expected = float(2 * own / (count + everywhere))
+            result[name] = replace(result[name], confidence=min(expected, alike.around(model.structures[name])))
+    return result
