@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deepatlas import grid
+from deepatlas import grid, tissue
 from deepatlas.atlas import Structure
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
@@ -23,6 +23,9 @@ from deepatlas.embedding import Embedded, likeness_of
 from deepatlas.found import Found, redrawn
 from deepatlas.shapes import Coordinates
 from deepatlas.volume import Volume
+
+NEAR = 0.02
+"""Probability from which a voxel is looked at closer."""
 
 LEAST = 1e-3
 """The map is never surer than this that a voxel is in a structure, or is not."""
@@ -54,6 +57,7 @@ def probabilities(model: Model, embedded: Embedded) -> Float[Tensor, "1 structur
 def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[str, Found]) -> dict[str, Found]:
     """Answers of the map with masks by the model's head, for the structures it knows.
 
+    Probabilities are read linearly on the exam's own grid, where the HU of its voxels move them (`deepatlas.tissue`).
     What the map calls absent stays absent, and where the head finds nothing of a structure the map's mask stays.
     Confidence is the lesser of the Dice that the probabilities lead one to expect and the likeness around.
     """
@@ -66,8 +70,9 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
     numbers = np.array([list(found).index(name) for name in names], dtype=np.int16)
     for block, box in blocks(embedded, exam):
         inside = grid.inside(box)[0, 0]
-        points = box[0][:, inside]
-        at = grid.sample(likely, points[None])[0]
+        at = grid.sample(likely, box[:, :, inside])[0]
+        inside[inside.clone()] = near = at.amax(dim=0) > NEAR
+        at = _seen_closer(model, names, at[:, near], embedded, box[:, :, inside], exam.array[block][inside.numpy()])
         most, which = at.max(dim=0)
         own = most > 0.5
         part = np.full(inside.shape, -1, dtype=np.int16)
@@ -86,4 +91,25 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
         if number in kept:
             expected = float(2 * own / (count + everywhere))
             result[name] = replace(result[name], confidence=min(expected, alike.around(model.structures[name])))
+    return result
+
+
+def _seen_closer(
+    model: Model,
+    names: list[str],
+    likely: Float[Tensor, "structure point"],
+    embedded: Embedded,
+    points_box: Float[Tensor, "1 3 point"],
+    own: np.ndarray,
+) -> Float[Tensor, "structure point"]:
+    """Probabilities after the HU of the exam's own voxels have spoken, as they do for the map: they are finer than the
+    network's grid. See `deepatlas.tissue`."""
+    c_atlas = grid.sample(embedded.c_atlas, points_box)
+    around = grid.sample(torch.from_numpy(embedded.prepared.hu)[None, None], points_box)[0].numpy()
+    result = likely.clone()
+    for row, name in enumerate(names):
+        one = model.structures[name]
+        if one.tissue is not None:
+            parts = tissue.parts_of(one.to_own_box(c_atlas))
+            result[row] = tissue.moved(likely[row][None, None], one.tissue, parts, own[None], around)[0, 0]
     return result
