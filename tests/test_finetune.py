@@ -129,6 +129,16 @@ def test_what_is_not_drawn_teaches_nothing(folder, labels):
     assert last.bias.grad[1] == 0  # the cube is not drawn on it
 
 
+def test_an_edge_within_a_voxel_is_a_share_of_it():
+    drawn = torch.zeros(8, 8, 8, dtype=torch.uint8)
+    drawn[2:5, :, :4], drawn[6:, 6:, 6:] = 2, 1
+    found = finetune.shares(drawn, 3, 4)
+    assert found[1, :, 0, 0].tolist() == [0, 255, 128, 0]
+    assert found[1, :, 0, 2:].max() == 0
+    assert found[0].sum() == found[0, 3, 3, 3] == 255
+    assert found[2].max() == 0
+
+
 def test_a_stopped_training_goes_on_to_the_bit(folder, labels, tuned, tmp_path):
     class Stop(Exception):
         pass

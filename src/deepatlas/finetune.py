@@ -3,6 +3,7 @@
 Source: §3.3.3. All layers are optimised, from labelled exams alone; the map itself is left as it is.
 """
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Generator, Tensor
 
 from deepatlas import augment, checkpoint, grid, losses
@@ -46,6 +47,7 @@ def finetune(
     labels: LabelMaps,
     settings: FineTuning | None = None,
     resume: bool = False,
+    device: str = "cpu",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Model:
     """Train a segmentation of the structures that are drawn, and write the model with it.
@@ -71,13 +73,13 @@ def finetune(
         raise StructureError(
             f"The map of {base.name} does not know {', '.join(unknown)}; make them with `deepatlas define` first."
         )
-    data = load_cohort(cohort, Preset("fine-tuning", base.network.config), "cpu", labels)
+    data = load_cohort(cohort, Preset("fine-tuning", base.network.config), device, labels)
     if data.region != base.region:
         raise CohortError(
             f"The model sees {base.region!r}, the cohort holds {data.region!r}; prepare it for this model."
         )
     check_folder(out, resume)
-    run = Run(data, base, settings)
+    run = Run(data, base, settings, device)
     about = {"settings": asdict(settings), "exams": data.names, "labels": str(labels), "--from": base.seed_exam}
     about = json.loads(json.dumps(about))
     folder = out / "training"
@@ -93,35 +95,40 @@ def finetune(
             if time.monotonic() - saved > 60 * settings.checkpoint_minutes:
                 run.save(folder, about, step + 1)
                 saved = time.monotonic()
+    run.save(folder, about, settings.steps)
     model = run.model()
     checkpoint.save(model, out)
-    run.save(folder, about, settings.steps)
     return model
 
 
-def shares(labels: LabelMaps, size: int) -> UInt8[Tensor, "exam structure n n n"]:
-    """How much of each voxel of a grid a structure fills, as 0 ... 255: an edge can lie within a voxel."""
-    every = labels.maps.shape[-1] // size
-    found = torch.empty(len(labels.maps), len(labels.names), *(size,) * 3, dtype=torch.uint8)
-    for channel in range(len(labels.names)):
-        for exam, drawn in enumerate(labels.maps):
-            found[exam, channel] = F.avg_pool3d((drawn == channel + 1).float()[None], every)[0].mul(255).round()
+KEPT_BYTES = 2**30
+"""Memory for label maps as shares of voxels."""
+
+
+def shares(drawn: UInt8[Tensor, "m m m"], structures: int, size: int) -> UInt8[Tensor, "structure n n n"]:
+    """How much of a coarser grid's voxels each structure of a label map fills, 0 ... 255: edges can lie within voxels."""
+    every = drawn.shape[-1] // size
+    found = torch.empty(structures, *(size,) * 3, dtype=torch.uint8)
+    for channel in range(structures):
+        found[channel] = F.avg_pool3d((drawn == channel + 1).float()[None], every)[0].mul(255).round()
     return found
 
 
 class Run:
     """The head and its optimiser. Every step draws its chance from the seed and the step alone."""
 
-    def __init__(self, data: Cohorted, base: Model, settings: FineTuning) -> None:
-        self.data, self.base, self.settings = data, base, settings
+    def __init__(self, data: Cohorted, base: Model, settings: FineTuning, device: str = "cpu") -> None:
+        self.data, self.base, self.settings, self.device = data, base, settings, device
+        self.map = copy.deepcopy(base.network).to(device)
         self.structures = [base.structures[name] for name in data.labels.names]
-        self.inside = shares(data.labels, data.size)
+        self.kept: dict[int, Tensor] = {}
+        """What `inside` found."""
         self.drawn = [n for n, ends in enumerate(data.labels.ends) if bool((ends[:, 0] < torch.inf).any())]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.network = SegmentationHead(base.network.config, len(self.structures), settings.width)
         self.network.backbone.load_state_dict(base.network.backbone.state_dict())
-        self.network.train().requires_grad_(True)
+        self.network.to(device).train().requires_grad_(True)
         self.optimiser = torch.optim.Adam(self.network.parameters(), settings.rate)
 
     def step(self, step: int) -> dict[str, float]:
@@ -131,7 +138,7 @@ class Run:
         exams = [self.drawn[n] for n in batch_of(len(self.drawn), s.batch, step, s.seed)]
         view = self.data.view(exams, chance, s.augmentation, s.bend)
         known = self.data.drawn(view, self.data.size).known()
-        inside = grid.sample(self.inside[exams].float() / 255, view.places_box)
+        inside = grid.sample(torch.stack([self.inside(exam) for exam in exams]), view.places_box)
         found = self.network(view.seen, self.odds(view.seen, chance))
         apart = losses.soft_dice(found.sigmoid() * known, inside * known).mean()
         entropy = F.binary_cross_entropy_with_logits(found, inside, known.float())
@@ -144,11 +151,20 @@ class Run:
         terms = {"loss": loss, "dice": apart, "entropy": entropy, "gradient": norm}
         return {name: float(value.detach()) for name, value in terms.items()}
 
+    def inside(self, exam: int) -> Float[Tensor, "structure n n n"]:
+        """How much of each voxel of an exam a structure fills, 0 ... 1."""
+        if exam not in self.kept:
+            found = shares(self.data.labels.maps[exam], len(self.structures), self.data.size).to(self.device)
+            if (len(self.kept) + 1) * found.nbytes > KEPT_BYTES:
+                return found.float() / 255
+            self.kept[exam] = found
+        return self.kept[exam].float() / 255
+
     @torch.no_grad()
     def odds(self, seen: Tensor, chance: Generator) -> Tensor:
         """What the map says of an exam, a little moved: on exams that it was trained on it is surer than on others."""
-        c_atlas = self.base.network(seen, self.base.level)
-        off = augment.draw_bend(len(seen), chance, self.settings.astray)
+        c_atlas = self.map(seen, self.base.level)
+        off = augment.draw_bend(len(seen), chance, self.settings.astray).to(c_atlas)
         c_atlas = c_atlas + grid.resize(off, tuple(c_atlas.shape[2:]))
         return grid.resize(odds_by_map(self.structures, c_atlas), tuple(seen.shape[2:]))
 
@@ -160,7 +176,7 @@ class Run:
     def model(self) -> Model:
         """The map with the head as it stands."""
         names = {name: channel for channel, name in enumerate(self.data.labels.names)}
-        return replace(self.base, head=self.network.eval().requires_grad_(False), segmented=names)
+        return replace(self.base, head=self.network.cpu().eval().requires_grad_(False), segmented=names)
 
     def save(self, folder: Path, about: dict, step: int) -> None:
         """Write the state to resume from."""

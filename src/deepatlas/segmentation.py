@@ -45,7 +45,7 @@ def probabilities(model: Model, embedded: Embedded) -> Float[Tensor, "1 structur
     """By the model's head, one channel each, on the network's grid over the exam's prepared box."""
     shape = (model.size,) * 3
     image = grid.shrink(torch.from_numpy(embedded.prepared.image)[None, None], shape)
-    at = grid.resize(embedded.c_atlas, (model.network.config.sizes[0],) * 3)
+    at = grid.resize(embedded.c_atlas, (model.network.config.sizes[model.level],) * 3)
     known: list[Structure | None] = [None] * model.head.channels
     for name, channel in model.segmented.items():
         known[channel] = model.structures[name]
@@ -71,7 +71,8 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
     for block, box in blocks(embedded, exam):
         inside = grid.inside(box)[0, 0]
         at = grid.sample(likely, box[:, :, inside])[0]
-        inside[inside.clone()] = near = at.amax(dim=0) > NEAR
+        near = at.amax(dim=0) > NEAR
+        inside[inside.clone()] = near
         at = _seen_closer(model, names, at[:, near], embedded, box[:, :, inside], exam.array[block][inside.numpy()])
         most, which = at.max(dim=0)
         own = most > 0.5

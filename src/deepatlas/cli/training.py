@@ -129,6 +129,7 @@ def finetune(
     exclude: ExcludeOption = None,
     steps: Annotated[int | None, typer.Option(help="Steps; by default 3000.", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a training that was stopped.")] = False,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Train a supervised segmentation on top of a map: `locate` draws these structures by it then."""
     from deepatlas import checkpoint
@@ -136,10 +137,11 @@ def finetune(
     from deepatlas.finetune import finetune as train
     from deepatlas.loop import check_folder
 
+    check_device(device)
     base = checkpoint.find(start_from)
     check_folder(output, resume)  # before minutes of reading
     drawn = _drawn(cohort, labels, names, in_part, exclude)
     settings = FineTuning() if steps is None else FineTuning(steps=steps)
     with training() as report:
-        model = train(cohort, output, base, drawn, settings, resume, report)
+        model = train(cohort, output, base, drawn, settings, resume, device, report)
     typer.echo(f"{output}: draws {', '.join(model.segmented)}.")
