@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from deepatlas import grid, library, segmentation
+from deepatlas import atlas, grid, library, segmentation
 from deepatlas.config import NetworkConfig
 from deepatlas.locate import define, locate
 from deepatlas.networks import SegmentationHead
 from deepatlas.prepare import prepare
-from deepatlas.segmentation import odds_by_map
 from deepatlas.volume import Volume, apply
 from exact import CENTRE, OTHER, balls, blank, dice, exact, scan
 
@@ -94,7 +93,7 @@ def test_the_head_is_given_the_odds_of_the_map(model, exam):
 def test_odds_are_even_at_the_level_of_a_structure(model):
     where = grid.identity((12,) * 3)
     one = model.structures["ball"]
-    odds = odds_by_map([one, None], where)
+    odds = atlas.log_odds([one, None], where)
     inside = one.membership(where)
     assert ((odds[:, :1] > 0) == (inside > one.level)).all()
     assert odds[:, 1].max() < -6

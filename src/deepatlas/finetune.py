@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Generator, Tensor
 
-from deepatlas import augment, checkpoint, grid, losses
+from deepatlas import atlas, augment, checkpoint, grid, losses
 from deepatlas.checkpoint import Model
 from deepatlas.config import FineTuning, Preset
 from deepatlas.errors import CohortError, StructureError
@@ -34,7 +34,6 @@ from deepatlas.loop import (
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
 from deepatlas.masks import LabelMaps
 from deepatlas.networks import SegmentationHead
-from deepatlas.segmentation import odds_by_map
 from deepatlas.views import Cohorted, batch_of, load_cohort
 
 COLUMNS = ("stage", "step", "seconds", "loss", "dice", "entropy", "gradient")
@@ -106,7 +105,7 @@ KEPT_BYTES = 2**30
 
 
 def shares(drawn: UInt8[Tensor, "m m m"], structures: int, size: int) -> UInt8[Tensor, "structure n n n"]:
-    """How much of a coarser grid's voxels each structure of a label map fills, 0 ... 255: edges can lie within voxels."""
+    """How much of a coarser grid's voxels each structure of a label map fills, 0 ... 255: an edge can lie in one."""
     every = drawn.shape[-1] // size
     found = torch.empty(structures, *(size,) * 3, dtype=torch.uint8)
     for channel in range(structures):
@@ -166,7 +165,7 @@ class Run:
         c_atlas = self.map(seen, self.base.level)
         off = augment.draw_bend(len(seen), chance, self.settings.astray).to(c_atlas)
         c_atlas = c_atlas + grid.resize(off, tuple(c_atlas.shape[2:]))
-        return grid.resize(odds_by_map(self.structures, c_atlas), tuple(seen.shape[2:]))
+        return grid.resize(atlas.log_odds(self.structures, c_atlas), tuple(seen.shape[2:]))
 
     def chance(self, step: int) -> Generator:
         """The generator of one step."""

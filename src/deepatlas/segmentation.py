@@ -7,7 +7,6 @@ scan is still the map's to say.
 Source: §3.3.3 (the last convolution replaced by a new two-layer head, all layers optimised); the map's odds are ours.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -15,30 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deepatlas import grid, tissue
+from deepatlas import atlas, grid, tissue
 from deepatlas.atlas import Structure
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
 from deepatlas.embedding import Embedded, likeness_of
 from deepatlas.found import Found, redrawn
-from deepatlas.shapes import Coordinates
 from deepatlas.volume import Volume
 
 NEAR = 0.02
 """Probability from which a voxel is looked at closer."""
-
-LEAST = 1e-3
-"""The map is never surer than this that a voxel is in a structure, or is not."""
-
-
-def odds_by_map(structures: Iterable[Structure | None], c_atlas: Coordinates) -> Float[Tensor, "batch structure i j k"]:
-    """Log odds of structures at coordinates, 0 at the level of each; of an unknown one (None) as of what is far off."""
-    found = []
-    for one in structures:
-        inside = torch.zeros_like(c_atlas[:, :1]) if one is None else one.membership(c_atlas)
-        level = torch.tensor(0.5 if one is None else one.level)
-        found.append(torch.logit(inside.clamp(LEAST, 1 - LEAST)) - torch.logit(level))
-    return torch.cat(found, dim=1)
 
 
 def probabilities(model: Model, embedded: Embedded) -> Float[Tensor, "1 structure n n n"]:
@@ -50,7 +35,7 @@ def probabilities(model: Model, embedded: Embedded) -> Float[Tensor, "1 structur
     for name, channel in model.segmented.items():
         known[channel] = model.structures[name]
     with torch.no_grad():
-        odds = grid.resize(odds_by_map(known, at), shape)
+        odds = grid.resize(atlas.log_odds(known, at), shape)
         return model.head(image, odds).sigmoid()
 
 
