@@ -14,6 +14,9 @@ from deepatlas.prepare import Prepared, prepare
 from deepatlas.shapes import Coordinates
 from deepatlas.volume import Volume
 
+IN_VIEW = 0.25
+"""Share of foreground from which a voxel counts as in the patient."""
+
 
 class Likeness(NamedTuple):
     """How well an exam looks like the atlas aligned to it, on a grid of half the nodes."""

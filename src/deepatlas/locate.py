@@ -18,7 +18,7 @@ from torch import Tensor
 from deepatlas import atlas, grid, kernels_cpu, tissue, warp
 from deepatlas.atlas import Drawn, Structure
 from deepatlas.checkpoint import Model
-from deepatlas.embedding import Embedded, Likeness, embed, likeness_of
+from deepatlas.embedding import IN_VIEW, Embedded, Likeness, embed, likeness_of
 from deepatlas.errors import StructureError
 from deepatlas.found import Found, extent
 from deepatlas.prepare import sample_mm
@@ -208,10 +208,6 @@ def _coverages(structures: list[Structure], embedded: Embedded) -> list[float]:
     found = warp.implicit(embedded.c_atlas, torch.cat(points, dim=1)[None], embedded.foreground)
     shares = found.valid[0, 0].float().split([part.shape[1] for part in points])[1:]
     return [float(share.mean()) if len(share) else 0.0 for share in shares]
-
-
-IN_VIEW = 0.25
-"""Share of foreground from which a voxel counts as in the patient."""
 
 
 class _Claims(NamedTuple):

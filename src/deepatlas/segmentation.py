@@ -18,7 +18,7 @@ from deepatlas import atlas, grid, tissue
 from deepatlas.atlas import Structure
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
-from deepatlas.embedding import Embedded, likeness_of
+from deepatlas.embedding import IN_VIEW, Embedded, likeness_of
 from deepatlas.found import Found, redrawn
 from deepatlas.volume import Volume
 
@@ -43,7 +43,8 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
     """Answers of the map with masks by the model's head, for the structures it knows.
 
     Probabilities are read linearly on the exam's own grid, where the HU of its voxels move them (`deepatlas.tissue`).
-    What the map calls absent stays absent, and where the head finds nothing of a structure the map's mask stays.
+    Nothing is drawn outside of the patient. What the map calls absent stays absent, and where the head finds nothing of
+    a structure the map's mask stays.
     Confidence is the lesser of the Dice that the probabilities lead one to expect and the likeness around.
     """
     names = [name for name in model.segmented if name in found and found[name].status != "absent"]
@@ -54,7 +55,7 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
     counts, sums = np.zeros(len(names), dtype=np.int64), np.zeros((len(names), 2))
     numbers = np.array([list(found).index(name) for name in names], dtype=np.int16)
     for block, box in blocks(embedded, exam):
-        inside = grid.inside(box)[0, 0]
+        inside = (grid.inside(box) & (grid.sample(embedded.foreground.float(), box) > IN_VIEW))[0, 0]
         at = grid.sample(likely, box[:, :, inside])[0]
         near = at.amax(dim=0) > NEAR
         inside[inside.clone()] = near
