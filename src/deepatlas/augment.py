@@ -6,6 +6,7 @@ template).
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -13,6 +14,12 @@ from torch import Generator, Tensor
 
 from deepatlas import affine, grid
 from deepatlas.shapes import Affine, Coordinates, Image, Mask
+
+
+def keyed(*key: int) -> Generator:
+    """The generator of one step: its chance comes from the numbers of the key (seed, stage, step, ...) alone."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def draw_uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:

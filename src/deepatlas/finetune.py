@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
@@ -169,8 +168,7 @@ class Run:
 
     def chance(self, step: int) -> Generator:
         """The generator of one step."""
-        key = np.random.SeedSequence((self.settings.seed, step)).generate_state(1, np.uint64)[0]
-        return Generator().manual_seed(int(key >> np.uint64(1)))
+        return augment.keyed(self.settings.seed, step)
 
     def model(self) -> Model:
         """The map with the head as it stands."""

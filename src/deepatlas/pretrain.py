@@ -537,8 +537,7 @@ class Run:
 
     def _chance(self, stage: int, step: int) -> Generator:
         """The generator of one step, from the preset's seed, the stage and the step alone."""
-        key = np.random.SeedSequence((self.preset.seed, stage, step)).generate_state(1, np.uint64)[0]
-        return Generator().manual_seed(int(key >> np.uint64(1)))
+        return augment.keyed(self.preset.seed, stage, step)
 
     def model(self) -> Model:
         """The model as it stands."""

@@ -410,8 +410,7 @@ class Run:
 
     def chance(self, stage: int, step: int, part: int = 0) -> Generator:
         """The generator of one step."""
-        key = np.random.SeedSequence((self.settings.seed, stage, step, part)).generate_state(1, np.uint64)[0]
-        return Generator().manual_seed(int(key >> np.uint64(1)))
+        return augment.keyed(self.settings.seed, stage, step, part)
 
     def pair(self, stage: int, step: int) -> tuple[View, View]:
         """Random pairs of different images."""

@@ -56,7 +56,7 @@ class Cohorted(NamedTuple):
     start: Tensor | None = None
     """Of crops, the maps that the model above gives them: (exam, 3, m, m, m), see `deepatlas.store.CohortArrays`."""
     labels: LabelMaps | None = None
-    """What is drawn on the exams, on the finest arrays there are; in joint training alone."""
+    """What is drawn on the exams, on the finest arrays there are; in joint training and fine-tuning."""
 
     @property
     def finest(self) -> int:
