@@ -24,7 +24,7 @@ NAMES = {"ball": 4, "other": 7}
 class Drawing(nn.Module):
     """In the place of a head: channel 0 is a ball at a known place of mm, channel 1 nothing at all."""
 
-    channels, width = 2, 8
+    channels, width, shape = 2, 8, (24, 24, 24)
 
     def __init__(self, box_to_mm: np.ndarray) -> None:
         super().__init__()

@@ -175,7 +175,13 @@ def _describe(model: Model, folder: Path) -> None:
         "landmarks": {name: list(place) for name, place in model.landmarks.items()},
     }
     if model.head is not None:
-        about["head"] = {"channels": model.head.channels, "width": model.head.width, "structures": model.segmented}
+        head = model.head
+        about["head"] = {
+            "channels": head.channels,
+            "width": head.width,
+            "shape": list(head.shape),
+            "structures": model.segmented,
+        }
     write_text(folder / "model.json", json.dumps(about, indent=1))
 
 
@@ -229,13 +235,15 @@ def _load_head(folder: Path, config: NetworkConfig, about: dict | None, known: d
     if about is None:
         return {}
     channels, width = int(about["channels"]), int(about["width"])
+    x, y, z = (int(nodes) for nodes in about["shape"])
     segmented = {str(name): int(channel) for name, channel in about["structures"].items()}
-    if not (0 < channels <= 254 and 0 < width <= 256 and set(segmented.values()) <= set(range(channels))):
+    fits = 0 < channels <= 254 and 0 < width <= 256 and 2 <= min(x, y, z) <= max(x, y, z) <= 512
+    if not (fits and set(segmented.values()) <= set(range(channels))):
         raise ValueError("sizes beyond what any head has")
     if unknown := set(segmented) - set(known):
         raise ValueError(f"a head that speaks for {unknown.pop()}, which is not in the library")
     with torch.device("meta"):
-        head = SegmentationHead(config, channels, width)
+        head = SegmentationHead(config, channels, width, (x, y, z))
     shapes = {k: tuple(v.shape) for k, v in head.state_dict().items()}
     tensors = read_tensors(folder / HEAD, shapes, {"F16", "F32"})
     head.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)

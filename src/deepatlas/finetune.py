@@ -3,8 +3,8 @@
 Source: §3.3.3. All layers are optimised, from labelled exams alone; the map itself is left as it is.
 """
 
-import copy
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from deepatlas import atlas, augment, checkpoint, grid, losses
 from deepatlas.checkpoint import Model
 from deepatlas.config import FineTuning, Preset
-from deepatlas.errors import CohortError, StructureError
+from deepatlas.errors import CohortError, ModelError, StructureError
 from deepatlas.loop import (
     Progress,
     Reporter,
@@ -33,7 +33,8 @@ from deepatlas.loop import (
 from deepatlas.machine import denormals_are_zero, keep_freed_memory
 from deepatlas.masks import LabelMaps
 from deepatlas.networks import SegmentationHead
-from deepatlas.views import Cohorted, batch_of, load_cohort
+from deepatlas.shapes import Coordinates
+from deepatlas.views import Cohorted, View, batch_of, load_cohort
 
 COLUMNS = ("stage", "step", "seconds", "loss", "dice", "entropy", "gradient")
 
@@ -53,14 +54,14 @@ def finetune(
     Args:
         cohort: exams as the model prepares them, or the crops of its cube.
         out: model folder; ``training/`` inside it holds the log and the state to resume from.
-        start_from: the trained map, with the structures in its library.
+        start_from: the trained map, with the structures in its library; where it has a head, that is trained on.
         labels: what is drawn on the cohort's exams, `deepatlas.masks.read`.
         resume: continue a training that was stopped; to the bit with the same number of threads.
 
     Raises:
-        CohortError: prepared otherwise than the model's exams.
+        CohortError: prepared otherwise than the model's exams, or too coarse for the head's own grid.
         StructureError: a structure is not in the model's library.
-        ModelError: nothing to resume, or another training than the one begun.
+        ModelError: nothing to resume, another training than the one begun, or another head to go on from.
 
     Source: §3.3.3.
     """
@@ -75,6 +76,10 @@ def finetune(
     if data.region != base.region:
         raise CohortError(
             f"The model sees {base.region!r}, the cohort holds {data.region!r}; prepare it for this model."
+        )
+    if settings.shape is not None and data.fine is None:
+        raise CohortError(
+            f"A grid of the head's own needs exams of twice the map's size; prepare them with --size {2 * data.size}."
         )
     check_folder(out, resume)
     run = Run(data, base, settings, device)
@@ -103,13 +108,24 @@ KEPT_BYTES = 2**30
 """Memory for label maps as shares of voxels."""
 
 
-def shares(drawn: UInt8[Tensor, "m m m"], structures: int, size: int) -> UInt8[Tensor, "structure n n n"]:
-    """How much of a coarser grid's voxels each structure of a label map fills, 0 ... 255: an edge can lie in one."""
-    every = drawn.shape[-1] // size
-    found = torch.empty(structures, *(size,) * 3, dtype=torch.uint8)
+def shares(
+    drawn: UInt8[Tensor, "m m m"], structures: int, shape: tuple[int, int, int]
+) -> UInt8[Tensor, "structure i j k"]:
+    """How much of a voxel each structure of a label map fills, 0 ... 255: an edge can lie in one.
+
+    On the coarsest grid that parts of the label map make up and that is no coarser than ``shape``.
+    """
+    every = [max(1, drawn.shape[0] // nodes) for nodes in shape]
+    found = torch.empty(structures, *(drawn.shape[0] // n for n in every), dtype=torch.uint8)
     for channel in range(structures):
         found[channel] = F.avg_pool3d((drawn == channel + 1).float()[None], every)[0].mul(255).round()
     return found
+
+
+def mirrored_names(names: tuple[str, ...]) -> list[int]:
+    """For each structure the one that takes its place where left and right change: itself, if no name says other."""
+    swapped = [re.sub("left|right", lambda side: {"left": "right", "right": "left"}[side[0]], name) for name in names]
+    return [names.index(other) if other in names else own for own, other in enumerate(swapped)]
 
 
 class Run:
@@ -117,27 +133,49 @@ class Run:
 
     def __init__(self, data: Cohorted, base: Model, settings: FineTuning, device: str = "cpu") -> None:
         self.data, self.base, self.settings, self.device = data, base, settings, device
-        self.map = copy.deepcopy(base.network).to(device)
         self.structures = [base.structures[name] for name in data.labels.names]
+        self.other_side = mirrored_names(data.labels.names)
         self.kept: dict[int, Tensor] = {}
         """What `inside` found."""
         self.drawn = [n for n, ends in enumerate(data.labels.ends) if bool((ends[:, 0] < torch.inf).any())]
+        self.c_atlas = {exam: self._map(exam) for exam in self.drawn}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.network = SegmentationHead(base.network.config, len(self.structures), settings.width)
-        self.network.backbone.load_state_dict(base.network.backbone.state_dict())
+            self.network = SegmentationHead(base.network.config, len(self.structures), settings.width, settings.shape)
+        if base.head is None:
+            self.network.backbone.load_state_dict(base.network.backbone.state_dict())
+        else:
+            self.go_on(base)
+        self.network.mixed = settings.mixed
         self.network.to(device).train().requires_grad_(True)
         self.optimiser = torch.optim.Adam(self.network.parameters(), settings.rate)
+
+    def go_on(self, base: Model) -> None:
+        """Begin with the head of a fine-tuned model."""
+        drawn = sorted(base.segmented, key=base.segmented.get)
+        same = (drawn, base.head.width, base.head.shape)
+        if same != (list(self.data.labels.names), self.network.width, self.network.shape):
+            raise ModelError(
+                f"{base.name} has a head of width {base.head.width} on a grid of {base.head.shape} that draws "
+                f"{', '.join(drawn)}; go on with the same, or start from a model without a head."
+            )
+        self.network.load_state_dict(base.head.state_dict())
 
     def step(self, step: int) -> dict[str, float]:
         """One step down the loss; its terms."""
         s = self.settings
         chance = self.chance(step)
         exams = [self.drawn[n] for n in batch_of(len(self.drawn), s.batch, step, s.seed)]
-        view = self.data.view(exams, chance, s.augmentation, s.bend)
-        known = self.data.drawn(view, self.data.size).known()
-        inside = grid.sample(torch.stack([self.inside(exam) for exam in exams]), view.places_box)
-        found = self.network(view.seen, self.odds(view.seen, chance))
+        view = self.data.view(exams, chance, s.augmentation, s.bend, shape=s.shape)
+        drawn = self.data.masks(exams, view.places_box, self.data.box_to_mm[exams]).only(view.foreground)
+        known = drawn.known()
+        places_finest = self.data.in_finest(exams, view.places_box, self.data.box_to_mm[exams])
+        inside = torch.cat([self.inside(exam, at[None]) for exam, at in zip(exams, places_finest, strict=True)])
+        seen, odds = view.seen, self.odds(view, chance)
+        if s.mirrored and step % 2:
+            seen = seen.flip(2)
+            known, inside, odds = (part[:, self.other_side].flip(2) for part in (known, inside, odds))
+        found = self.network(seen, odds)
         apart = losses.soft_dice(found.sigmoid() * known, inside * known).mean()
         entropy = F.binary_cross_entropy_with_logits(found, inside, known.float())
         loss = apart + s.entropy * entropy
@@ -149,22 +187,37 @@ class Run:
         terms = {"loss": loss, "dice": apart, "entropy": entropy, "gradient": norm}
         return {name: float(value.detach()) for name, value in terms.items()}
 
-    def inside(self, exam: int) -> Float[Tensor, "structure n n n"]:
-        """How much of each voxel of an exam a structure fills, 0 ... 1."""
-        if exam not in self.kept:
-            found = shares(self.data.labels.maps[exam], len(self.structures), self.data.size).to(self.device)
-            if (len(self.kept) + 1) * found.nbytes > KEPT_BYTES:
-                return found.float() / 255
-            self.kept[exam] = found
-        return self.kept[exam].float() / 255
+    def inside(self, exam: int, places_finest: Coordinates) -> Float[Tensor, "1 structure i j k"]:
+        """How much of a voxel a structure fills, 0 ... 1, at places in the box of an exam's finest arrays."""
+        found = self.kept.get(exam)
+        if found is None:
+            found = shares(self.data.labels.maps[exam], len(self.structures), self.network.shape).to(self.device)
+            if (len(self.kept) + 1) * found.nbytes <= KEPT_BYTES:
+                self.kept[exam] = found
+        nodes = self.data.labels.maps.shape[-1]
+        cells = torch.tensor(found.shape[1:], device=self.device).view(1, 3, 1, 1, 1)
+        every = nodes // cells
+        index = ((places_finest + 1) / 2 * (nodes - 1) - (every - 1) / 2) / every
+        return grid.sample(found[None].float() / 255, 2 * index / (cells - 1) - 1)
 
     @torch.no_grad()
-    def odds(self, seen: Tensor, chance: Generator) -> Tensor:
-        """What the map says of an exam, a little moved: on exams that it was trained on it is surer than on others."""
-        c_atlas = self.map(seen, self.base.level)
-        off = augment.draw_bend(len(seen), chance, self.settings.astray).to(c_atlas)
-        c_atlas = c_atlas + grid.resize(off, tuple(c_atlas.shape[2:]))
-        return grid.resize(atlas.log_odds(self.structures, c_atlas), tuple(seen.shape[2:]))
+    def _map(self, exam: int) -> Coordinates:
+        """The map of an exam as it is: of a crop that of the model above, which did not learn these labels.
+
+        A map that did is surer of the exams it learned from than of others: a head that is given its odds leans on
+        them, and learns less from the image.
+        """
+        if self.data.start is not None:
+            return self.data.starts([exam], self.base.network.config.sizes[self.base.level])
+        return self.base.network(self.data.image[[exam]].cpu(), self.base.level).to(self.device)
+
+    def odds(self, view: View, chance: Generator) -> Float[Tensor, "batch structure i j k"]:
+        """What the map says of exams, a little moved: on those that it was trained on it is surer than on others."""
+        own = torch.cat([self.c_atlas[exam] for exam in view.exams])
+        c_atlas = grid.sample(own, grid.resize(view.places_box, tuple(own.shape[2:])))
+        off = augment.draw_bend(len(own), chance, self.settings.astray).to(own)
+        c_atlas = c_atlas + grid.resize(off, tuple(own.shape[2:]))
+        return grid.resize(atlas.log_odds(self.structures, c_atlas), tuple(view.seen.shape[2:]))
 
     def chance(self, step: int) -> Generator:
         """The generator of one step."""

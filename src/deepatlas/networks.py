@@ -42,6 +42,7 @@ class Convolution(nn.Module):
 
 def activated(x: Features, norm: nn.GroupNorm) -> Features:
     """Group normalisation → leaky ReLU. On a CPU a fused kernel on channels-last maps, else PyTorch's."""
+    x = x if x.is_cuda else x.to(norm.weight.dtype)
     if grid.has_kernel(x, norm.weight):
         return _Activated.apply(channels_last(x), norm.weight, norm.bias, norm.num_groups, norm.eps)
     return F.leaky_relu(norm(x), LEAK)
@@ -215,20 +216,31 @@ class CoordinateNetwork(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """(image, log odds by the map) → log odds of every structure: a backbone of its own with two layers on top.
+    """(image, log odds by the map) → log odds of every structure: on a backbone, two finer levels of its own.
 
-    The first layer is of the backbone's resolution, the second of the image's. It begins as the odds it is given.
+    It sees the image on a grid of its own, which may be finer than the backbone's and other than a cube: ``shape``
+    along R, A, S. It begins as the odds it is given.
 
-    Source: §3.3.3; that it is given the map's odds and adds to them is ours.
+    Source: §3.3.3; that it is given the map's odds and adds to them, and its own levels, are ours.
     """
 
-    def __init__(self, config: NetworkConfig, channels: int, width: int = 8) -> None:
+    def __init__(
+        self, config: NetworkConfig, channels: int, width: int = 16, shape: tuple[int, int, int] | None = None
+    ) -> None:
         super().__init__()
-        self.channels, self.width = channels, width
-        self.backbone = Backbone(config.widths, config.groups, config.stem_stride)
-        self.coarse = Residual(config.widths[0], width, config.groups)
+        self.channels, self.width, self.size = channels, width, config.size
+        self.shape = shape or (config.size,) * 3
+        self.mixed = False
+        """Compute in bfloat16 up to what is added, which is float32 always."""
+        groups, deep = config.groups, 2 * width
+        self.backbone = Backbone(config.widths, groups, config.stem_stride)
         self.given = nn.Conv3d(1 + channels, width, 3, padding=1)
-        self.fine = Residual(width, width, config.groups)
+        self.enter = Residual(width, width, groups)
+        self.down = Residual(width, deep, groups)
+        self.coarse = Residual(config.widths[0], deep, groups)
+        self.middle = Residual(deep, deep, groups)
+        self.up = Residual(deep, width, groups)
+        self.fine = Residual(width, width, groups)
         self.last = nn.Conv3d(width, channels, 1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
@@ -236,11 +248,16 @@ class SegmentationHead(nn.Module):
     def forward(
         self, image: Image, odds: Float[Tensor, "batch structure i j k"]
     ) -> Float[Tensor, "batch structure i j k"]:
-        """Of the image's own grid, which is also that of the odds."""
+        """Image and odds on the grid of the head."""
         shape = tuple(image.shape[2:])
-        x = grid.resize(self.coarse(self.backbone(image)[0]), shape)
-        x = self.fine(x + self.given(channels_last(torch.cat([image, odds / 4], dim=1))))
-        return odds + channels_first(self.last(F.leaky_relu(x, LEAK)))
+        half = tuple(n // 2 for n in shape)
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.mixed):
+            far = self.coarse(self.backbone(grid.resize(image, (self.size,) * 3))[0])
+            near = self.enter(self.given(channels_last(torch.cat([image, odds / 4], dim=1))))
+            x = self.down(grid.resize(near, half)) + grid.resize(far, half)
+            x = near + grid.resize(self.up(self.middle(x)), shape)
+            added = self.last(F.leaky_relu(self.fine(x), LEAK))
+        return odds + channels_first(added.float())
 
 
 def parameter_count(module: nn.Module) -> int:

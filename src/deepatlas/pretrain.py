@@ -344,9 +344,7 @@ class Run:
         """The network's maps; before it has seen any crop, those that the model above gives them."""
         if number > 0 or not self.begun_by_crops:
             return self.network(self.data.image[exams], self.level)
-        inner = (self.data.size - 1) / self.data.size  # the middle of the outermost voxels, in the cube
-        places = inner * grid.identity((self.data.size,) * 3, device=self.device)
-        return grid.sample(self.data.start[exams].to(self.device), places.expand(len(exams), -1, -1, -1, -1))
+        return self.data.starts(exams, self.data.size)
 
     def mean_atlas(self, exams: list[int]) -> Tensor:
         """The mean of exams, each carried into the atlas by its target; the atlas as it is where none reaches.

@@ -14,22 +14,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deepatlas import atlas, grid, tissue
+from deepatlas import affine, atlas, grid, tissue
 from deepatlas.atlas import Structure
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
 from deepatlas.embedding import IN_VIEW, Embedded, likeness_of
 from deepatlas.found import Found, redrawn
+from deepatlas.prepare import Prepared, prepare_cube
+from deepatlas.shapes import Image
 from deepatlas.volume import Volume
 
 NEAR = 0.02
 """Probability from which a voxel is looked at closer."""
 
 
-def probabilities(model: Model, embedded: Embedded) -> Float[Tensor, "1 structure n n n"]:
-    """By the model's head, one channel each, on the network's grid over the exam's prepared box."""
-    shape = (model.size,) * 3
-    image = grid.shrink(torch.from_numpy(embedded.prepared.image)[None, None], shape)
+def probabilities(model: Model, exam: Volume, embedded: Embedded) -> Float[Tensor, "1 structure i j k"]:
+    """By the model's head, one channel each, on the head's grid over the exam's prepared box."""
+    shape = model.head.shape
+    image = shown(exam, embedded.prepared, shape)
     at = grid.resize(embedded.c_atlas, (model.network.config.sizes[model.level],) * 3)
     known: list[Structure | None] = [None] * model.head.channels
     for name, channel in model.segmented.items():
@@ -37,6 +39,17 @@ def probabilities(model: Model, embedded: Embedded) -> Float[Tensor, "1 structur
     with torch.no_grad():
         odds = grid.resize(atlas.log_odds(known, at), shape)
         return model.head(image, odds).sigmoid()
+
+
+def shown(exam: Volume, prepared: Prepared, shape: tuple[int, int, int]) -> Image:
+    """An exam on a grid over its prepared box; where that is another than the prepared, from twice as many voxels, as
+    the cohort that a head learns from holds them."""
+    if shape == prepared.hu.shape:
+        return torch.from_numpy(prepared.image)[None, None]
+    faces = np.diag([prepared.size / (prepared.size - 1)] * 3 + [1.0])
+    fine = prepare_cube(exam, 2 * prepared.size, prepared.box_to_mm @ faces)
+    to_fine = torch.from_numpy(np.linalg.inv(fine.box_to_mm) @ prepared.box_to_mm)[None].float()
+    return grid.sample(torch.from_numpy(fine.image)[None, None], affine.apply(to_fine, grid.identity(shape)))
 
 
 def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[str, Found]) -> dict[str, Found]:
@@ -50,7 +63,7 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
     names = [name for name in model.segmented if name in found and found[name].status != "absent"]
     if not names:
         return found
-    likely = probabilities(model, embedded)[:, [model.segmented[name] for name in names]]
+    likely = probabilities(model, exam, embedded)[:, [model.segmented[name] for name in names]]
     owner = np.full(exam.shape, -1, dtype=np.int16)
     counts, sums = np.zeros(len(names), dtype=np.int64), np.zeros((len(names), 2))
     numbers = np.array([list(found).index(name) for name in names], dtype=np.int16)

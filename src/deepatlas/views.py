@@ -73,12 +73,17 @@ class Cohorted(NamedTuple):
         masks = self.masks(exams, grid.identity(shape, device=image.device), box_to_mm)
         return Exams(grid.shrink(image, shape), seen, box_to_mm[:, :3, :3].to(image), masks), box_to_mm
 
+    def starts(self, exams: list[int], size: int) -> Coordinates:
+        """The maps of crops that the model above gives them, on a grid of any size over their boxes."""
+        inner = (self.size - 1) / self.size  # the middle of the outermost voxels, in the cube
+        places = inner * grid.identity((size,) * 3, device=self.image.device)
+        return grid.sample(self.start[exams].to(self.image), places.expand(len(exams), -1, -1, -1, -1))
+
     def masks(self, exams: list[int], places_box: Coordinates, box_to_mm: Tensor) -> Masks | None:
         """What is drawn at places in boxes of exams, where anything is."""
         if self.labels is None:
             return None
-        to_finest = torch.linalg.inv((self.fine or self).box_to_mm[exams]) @ box_to_mm
-        return self.labels.at(exams, affine.apply(to_finest.to(places_box), places_box))
+        return self.labels.at(exams, self.in_finest(exams, places_box, box_to_mm))
 
     def view(
         self,
@@ -89,6 +94,7 @@ class Cohorted(NamedTuple):
         crop: bool = False,
         borrowed: augment.Borrowed | None = None,
         shaped: Coordinates | None = None,
+        shape: tuple[int, int, int] | None = None,
     ) -> View:
         """Exams as a network is to see them, and as the loss compares them.
 
@@ -98,8 +104,11 @@ class Cohorted(NamedTuple):
             crop: show random crops instead of other poses.
             borrowed: show no more than other exams show.
             shaped: displacements in the exams' boxes, to the shapes of others.
+            shape: of another grid than the network's, on which the exams are shown from the finest arrays there are.
         """
-        batch, shape, device = len(exams), (self.size,) * 3, self.image.device
+        batch, device = len(exams), self.image.device
+        arrays = self if shape is None or self.fine is None else self.fine
+        shape = shape or (self.size,) * 3
         box = self.box_to_mm[exams, :3, :3].float().to(device)
         if crop:
             matrix = augment.draw_crop(box, chance)
@@ -115,14 +124,21 @@ class Cohorted(NamedTuple):
         if shaped is not None:
             places = places + grid.sample(shaped, places)
         within = grid.inside(places)
-        image = grid.sample(self.image[exams], places) * within
-        foreground = (grid.sample(self.foreground[exams].float(), places) > 0.5) & within
+        own = places if arrays is self else self.in_finest(exams, places, self.box_to_mm[exams])
+        image = self.image[exams] if arrays is self else torch.from_numpy(window(arrays.hu[exams].numpy())).to(places)
+        image = grid.sample(image, own) * within
+        foreground = (grid.sample(arrays.foreground[exams].float(), own) > 0.5) & within
         lost = augment.outside_cut(augment.Cut(*(part.to(device) for part in cut)), places)
         if borrowed is not None:
             lost |= grid.sample(borrowed.seen, places) < 0.5
         seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
         mm_per_box = box @ matrix[:, :3, :3]
         return View(exams, seen, image, foreground & ~lost, mm_per_box, places)
+
+    def in_finest(self, exams: list[int], places_box: Coordinates, box_to_mm: Tensor) -> Coordinates:
+        """Places in boxes of exams, in the boxes of their finest arrays."""
+        to_finest = torch.linalg.inv((self.fine or self).box_to_mm[exams]) @ box_to_mm
+        return affine.apply(to_finest.to(places_box), places_box)
 
     def drawn(self, view: View, size: int) -> Masks | None:
         """What is drawn on a batch where it is shown, on a grid of any size; None where nothing is drawn at all."""

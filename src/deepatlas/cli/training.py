@@ -128,20 +128,34 @@ def finetune(
     in_part: InPartOption = None,
     exclude: ExcludeOption = None,
     steps: Annotated[int | None, typer.Option(help="Steps; by default 3000.", min=1)] = None,
+    shape: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Voxels of the head's grid along R, A, S; by default the map's.")
+    ] = None,
+    mirrored: Annotated[
+        bool, typer.Option("--mirrored", help="Every other step left and right change places, also in names.")
+    ] = False,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Compute in bfloat16: faster on a GPU or a processor with AMX.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a training that was stopped.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Train a supervised segmentation on top of a map: `locate` draws these structures by it then."""
+    from dataclasses import replace
+
     from deepatlas import checkpoint
     from deepatlas.config import FineTuning
     from deepatlas.finetune import finetune as train
     from deepatlas.loop import check_folder
 
+    if shape is not None and not 8 <= min(shape) <= max(shape) <= 512:
+        raise typer.BadParameter("give 8 to 512 voxels along each axis.", param_hint="--shape")
     check_device(device)
     base = checkpoint.find(start_from)
     check_folder(output, resume)  # before minutes of reading
     drawn = _drawn(cohort, labels, names, in_part, exclude)
-    settings = FineTuning() if steps is None else FineTuning(steps=steps)
+    settings = FineTuning(shape=shape, mirrored=mirrored, mixed=mixed)
+    settings = settings if steps is None else replace(settings, steps=steps)
     with training() as report:
         model = train(cohort, output, base, drawn, settings, resume, device, report)
     typer.echo(f"{output}: draws {', '.join(model.segmented)}.")
