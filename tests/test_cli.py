@@ -545,10 +545,12 @@ def test_pretrain_writes_a_model_and_can_be_resumed(call, work, monkeypatch):
 def test_finetune_writes_a_model_that_draws_by_its_head_until_it_is_defined_anew(call, taught, work, monkeypatch):
     save(work / "images" / "two.nii.gz", anatomy()[0])
     about = json.loads(call("info", taught, "--json")[1])
-    size = ["--size", about["size"], "--region", about["region"], "--workers", 0]
+    size = ["--size", 2 * about["size"], "--region", about["region"], "--workers", 0]
     assert call("prepare", "-i", work / "images", "-o", work / "c.h5", *size)[0] == 0
     arguments = ["finetune", "-c", work / "c.h5", "-o", work / "tuned", "--from", taught, "-l", work / "labels"]
-    arguments += ["--names", work / "labels.json", "--steps", 2]
+    arguments += ["--names", work / "labels.json", "--steps", 2, "--mirrored", "--mixed", "--shape"]
+    refused(call(*arguments, 4, 10, 10), "--shape")
+    arguments += [10, 12, 14]
     code, out, err = call(*arguments)
     assert (code, "Labels: " in out, "2/2 fine-tuning" in err) == (0, True, True)
     assert f"draws {', '.join(NAMES)}" in out
