@@ -5,9 +5,9 @@ Source: §3.3.3. All layers are optimised, from labelled exams alone; the map it
 
 import json
 import re
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,16 +21,16 @@ from deepatlas.config import FineTuning, Preset
 from deepatlas.errors import CohortError, ModelError, StructureError
 from deepatlas.loop import (
     Progress,
-    Reporter,
+    Stage,
     State,
     check_folder,
-    csv_log,
+    go_through,
     optimiser_of,
     read_state,
     save_state,
     tensors_of,
 )
-from deepatlas.machine import denormals_are_zero, keep_freed_memory
+from deepatlas.machine import keep_freed_memory
 from deepatlas.masks import LabelMaps
 from deepatlas.networks import SegmentationHead
 from deepatlas.shapes import Coordinates
@@ -88,17 +88,9 @@ def finetune(
     folder = out / "training"
     folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
-    first = run.restore(folder, about) if resume else 0
-    stages = [("fine-tuning", settings.steps, None)]
-    with csv_log(folder / "log.csv", resume, COLUMNS) as write_row, denormals_are_zero():
-        report = Reporter(stages, (0, first), on_progress, write_row)
-        saved = time.monotonic()
-        for step in range(first, settings.steps):
-            report.step(0, step, "fine-tuning", settings.steps, run.step(step))
-            if time.monotonic() - saved > 60 * settings.checkpoint_minutes:
-                run.save(folder, about, step + 1)
-                saved = time.monotonic()
-    run.save(folder, about, settings.steps)
+    first = run.restore(folder, about) if resume else (0, 0)
+    save, minutes = partial(run.save, folder, about), settings.checkpoint_minutes
+    go_through(run.stages(), first, folder / "log.csv", save, minutes, on_progress, columns=COLUMNS)
     model = run.model()
     checkpoint.save(model, out)
     return model
@@ -160,6 +152,10 @@ class Run:
                 f"{', '.join(drawn)}; go on with the same, or start from a model without a head."
             )
         self.network.load_state_dict(base.head.state_dict())
+
+    def stages(self) -> list[Stage]:
+        """A single one."""
+        return [("fine-tuning", self.settings.steps, lambda _, step: self.step(step))]
 
     def step(self, step: int) -> dict[str, float]:
         """One step down the loss; its terms."""
@@ -228,14 +224,14 @@ class Run:
         names = {name: channel for channel, name in enumerate(self.data.labels.names)}
         return replace(self.base, head=self.network.cpu().eval().requires_grad_(False), segmented=names)
 
-    def save(self, folder: Path, about: dict, step: int) -> None:
+    def save(self, folder: Path, about: dict, stage: int, step: int) -> None:
         """Write the state to resume from."""
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        save_state(folder, State(0, step, tensors | tensors_of(self.optimiser, "adam.")), about)
+        save_state(folder, State(stage, step, tensors | tensors_of(self.optimiser, "adam.")), about)
 
-    def restore(self, folder: Path, about: dict) -> int:
-        """Read the state back; the step to go on with."""
+    def restore(self, folder: Path, about: dict) -> tuple[int, int]:
+        """Read the state back; the stage and the step to go on with."""
         state = read_state(folder, about)
         self.network.load_state_dict(checkpoint.under(state.tensors, "network."))
         optimiser_of(self.optimiser, checkpoint.under(state.tensors, "adam."))
-        return state.step
+        return state.stage, state.step

@@ -1,5 +1,5 @@
-"""What a training tells while it runs, progress with the time that is left and a log of every term, and the state it is
-resumed from. Knows no model."""
+"""How a training goes through its stages, what it tells meanwhile (progress with the time that is left, a log of every
+term), and the state it is resumed from. Knows no model."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,10 @@ from torch.optim import Adam
 
 from deepatlas import checkpoint
 from deepatlas.errors import ModelError
+from deepatlas.machine import denormals_are_zero
+
+Stage = tuple[str, int, Callable[[int, int], dict[str, float]]]
+"""Name, steps, and what does one: (stage, step) → its terms."""
 
 LOG = logging.getLogger(__name__)
 LOG_EVERY = 20
@@ -41,12 +45,12 @@ class Reporter:
 
     def __init__(
         self,
-        stages: list[tuple[str, int, Any]],
+        stages: list[Stage],
         first: tuple[int, int],
         on_progress: Callable[[Progress], None] | None,
         write_row: Callable[[dict], None],
     ) -> None:
-        """Stages are (name, steps, ...); ``first`` is the stage and the step that the run begins with."""
+        """``first`` is the stage and the step that the run begins with."""
         self.before = [sum(s[1] for s in stages[:n]) for n in range(len(stages) + 1)]
         self.costs = [next(cost for kind, cost in COSTS.items() if name.startswith(kind)) for name, _, _ in stages]
         self.steps = [s[1] for s in stages]
@@ -121,6 +125,42 @@ def csv_log(
             file.flush()
 
         yield write
+
+
+def go_through(
+    stages: list[Stage],
+    first: tuple[int, int],
+    log: Path | None,
+    save: Callable[[int, int], None],
+    minutes: float,
+    on_progress: Callable[[Progress], None] | None,
+    enter: Callable[[int], None] = lambda number: None,
+    columns: tuple[str, ...] = LOG_COLUMNS,
+) -> None:
+    """All steps of a training that are still to be done.
+
+    Args:
+        first: stage and step to begin with.
+        log: the file of all terms, CSV of these columns; none is written without a path.
+        save: writes the state to resume from, given the stage and the step to go on with.
+        minutes: between two states; one is written at the end of every stage too.
+        enter: called where a stage begins.
+    """
+    with csv_log(log, first != (0, 0), columns) as write_row, denormals_are_zero():
+        report = Reporter(stages, first, on_progress, write_row)
+        saved = time.monotonic()
+        for number, (name, steps, step_of) in enumerate(stages):
+            if number < first[0]:
+                continue
+            begin = first[1] if number == first[0] else 0
+            if begin == 0:
+                enter(number)
+            for step in range(begin, steps):
+                report.step(number, step, name, steps, step_of(number, step))
+                if time.monotonic() - saved > 60 * minutes:
+                    save(number, step + 1)
+                    saved = time.monotonic()
+            save(number + 1, 0)
 
 
 def check_folder(out: Path, resume: bool) -> None:

@@ -28,16 +28,16 @@ from deepatlas.errors import CohortError, ModelError
 from deepatlas.fitting import carried, fit
 from deepatlas.loop import (
     Progress,
-    Reporter,
+    Stage,
     State,
     check_folder,
-    csv_log,
+    go_through,
     optimiser_of,
     read_state,
     save_state,
     tensors_of,
 )
-from deepatlas.machine import denormals_are_zero, keep_freed_memory
+from deepatlas.machine import keep_freed_memory
 from deepatlas.masks import LabelMaps
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.objective import (
@@ -116,25 +116,12 @@ def pretrain(
     first = run.restore(training, settings) if resume else (0, 0)
     if resume and (out / "model.json").exists():
         run.keep_library(checkpoint.load(out))
-    stages = run.stages()
-    with csv_log(training / "log.csv", append=resume) as write_row, denormals_are_zero():
-        report = Reporter(stages, first, on_progress, write_row)
-        saved = time.monotonic()
-        for number, (name, steps, step_of) in enumerate(stages):
-            if number < first[0]:
-                continue
-            start = first[1] if number == first[0] else 0
-            if start == 0:
-                run.enter(number)
-            for step in range(start, steps):
-                terms = step_of(number, step)
-                report.step(number, step, name, steps, terms)
-                if time.monotonic() - saved > 60 * preset.checkpoint_minutes:
-                    run.save(training, settings, number, step + 1)
-                    checkpoint.save(run.model(), out)
-                    saved = time.monotonic()
-            run.save(training, settings, number + 1, 0)
-            checkpoint.save(run.model(), out)
+
+    def save(stage: int, step: int) -> None:
+        run.save(training, settings, stage, step)
+        checkpoint.save(run.model(), out)
+
+    go_through(run.stages(), first, training / "log.csv", save, preset.checkpoint_minutes, on_progress, run.enter)
     model = familiar(run.model(), data)
     checkpoint.save(model, out)
     return model
@@ -259,7 +246,7 @@ class Run:
         self.atlas.data.copy_(grid.sample(base.atlas, affine.apply(cube[None].float(), where)))
         self.seed_box_to_mm = base.atlas_to_mm @ cube
 
-    def stages(self) -> list[tuple[str, int, Callable[[int, int], dict[str, float]]]]:
+    def stages(self) -> list[Stage]:
         """Name, steps and step function of every stage, in order."""
         preset, coarsest = self.preset, self.network.coarsest
         levels = [

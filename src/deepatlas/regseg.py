@@ -21,7 +21,6 @@ Source: Xu and Niethammer 2019. The authors' weights were not found; `deepatlas.
 import copy
 import csv
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -43,16 +42,16 @@ from deepatlas.config import RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
 from deepatlas.loop import (
     Progress,
-    Reporter,
+    Stage,
     State,
     check_folder,
-    csv_log,
+    go_through,
     optimiser_of,
     read_state,
     save_state,
     tensors_of,
 )
-from deepatlas.machine import denormals_are_zero, keep_freed_memory
+from deepatlas.machine import keep_freed_memory
 from deepatlas.metrics import bootstrap_interval, dice
 from deepatlas.networks import LEAK, Backbone, channels_first, channels_last
 from deepatlas.shapes import Coordinates, Image, Mask
@@ -303,38 +302,19 @@ def train(
     run = Run(cases, settings, start)
     about = {"settings": asdict(settings), "cases": cases.names, "frame": asdict(frame), "classes": classes}
     about = json.loads(json.dumps(about | {"labelled": cases.labelled.tolist()}))
-    stages, first = run.stages(), (0, 0)
+    first = (0, 0)
     folder = None if out is None else out / "training"
     if folder is not None:
         check_folder(out, resume)
         folder.mkdir(parents=True, exist_ok=True)
         first = run.restore(folder, about) if resume else first
     keep_freed_memory()
-    with csv_log(None if folder is None else folder / "log.csv", resume, COLUMNS) as write_row, denormals_are_zero():
-        report = Reporter(stages, first, on_progress, write_row)
-        saved = time.monotonic()
-        for number, (name, steps, step_of) in enumerate(stages):
-            if number < first[0]:
-                continue
-            begin = first[1] if number == first[0] else 0
-            if not begin:
-                run.enter()
-            for step in range(begin, steps):
-                run.set_rate(settings.rate * min(1.0, (step + 1) / settings.warm_up) * _decay(step / steps))
-                report.step(number, step, name, steps, step_of(number, step))
-                if folder is not None and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
-                    run.save(folder, about, number, step + 1)
-                    saved = time.monotonic()
+    log, keep = (folder / "log.csv", partial(run.save, folder, about)) if folder else (None, lambda *_: None)
+    go_through(run.stages(), first, log, keep, settings.checkpoint_minutes, on_progress, run.enter, COLUMNS)
     model = Model(Networks(*(network.eval() for network in run.networks)), frame, classes, laid=laid)
     if out is not None:
         save(model, out)
-        run.save(folder, about, len(stages), 0)
     return model
-
-
-def _decay(share: float) -> float:
-    """The rate falls along a cosine to a tenth over a stage."""
-    return 0.1 + 0.45 * (1 + np.cos(np.pi * share))
 
 
 class Run:
@@ -353,7 +333,7 @@ class Run:
         """What `laid` found since R last learned."""
         self.enter()
 
-    def stages(self) -> list[tuple[str, int, Callable[[int, int], dict[str, float]]]]:
+    def stages(self) -> list[Stage]:
         """Name, steps and step function of every stage, in order."""
         alone = replace(self.settings, anatomy=0.0, carried=0.0, lent=0.0)
         every = [
@@ -363,16 +343,18 @@ class Run:
             ("guided", self.settings.guided, partial(self.registration_step, self.settings)),
             ("joint", self.settings.joint, self.joint_step),
         ]
-        return [stage for stage in every if stage[1]]
+        return [(name, steps, partial(self.at_rate, steps, step_of)) for name, steps, step_of in every if steps]
 
-    def enter(self) -> None:
+    def at_rate(self, steps: int, step_of: Callable, stage: int, step: int) -> dict[str, float]:
+        """A step of a stage of so many at its rate: it rises at first, then falls along a cosine to a tenth."""
+        rate = self.settings.rate * min(1.0, (step + 1) / self.settings.warm_up)
+        for optimiser in self.optimisers:
+            optimiser.param_groups[0]["lr"] = rate * (0.1 + 0.45 * (1 + np.cos(np.pi * step / steps)))
+        return step_of(stage, step)
+
+    def enter(self, stage: int = 0) -> None:
         """Fresh optimisers for a stage: registration, segmentation."""
         self.optimisers = [torch.optim.Adam(network.parameters(), self.settings.rate) for network in self.networks]
-
-    def set_rate(self, rate: float) -> None:
-        """Of both networks."""
-        for optimiser in self.optimisers:
-            optimiser.param_groups[0]["lr"] = rate
 
     def learn(self, which: int, terms: dict[str, Tensor]) -> dict[str, float]:
         """A step of one network down its loss; the terms as numbers."""
