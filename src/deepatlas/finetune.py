@@ -163,8 +163,7 @@ class Run:
         chance = self.chance(step)
         exams = [self.drawn[n] for n in batch_of(len(self.drawn), s.batch, step, s.seed)]
         view = self.data.view(exams, chance, s.augmentation, s.bend, shape=s.shape)
-        drawn = self.data.masks(exams, view.places_box, self.data.box_to_mm[exams]).only(view.foreground)
-        known = drawn.known()
+        known = self.data.drawn(view).known()
         places_finest = self.data.in_finest(exams, view.places_box, self.data.box_to_mm[exams])
         inside = torch.cat([self.inside(exam, at[None]) for exam, at in zip(exams, places_finest, strict=True)])
         seen, odds = view.seen, self.odds(view, chance)
@@ -208,7 +207,7 @@ class Run:
         return self.base.network(self.data.image[[exam]].cpu(), self.base.level).to(self.device)
 
     def odds(self, view: View, chance: Generator) -> Float[Tensor, "batch structure i j k"]:
-        """What the map says of exams, a little moved: on those that it was trained on it is surer than on others."""
+        """What the map says of exams, a little moved (`FineTuning.astray`)."""
         own = torch.cat([self.c_atlas[exam] for exam in view.exams])
         c_atlas = grid.sample(own, grid.resize(view.places_box, tuple(own.shape[2:])))
         off = augment.draw_bend(len(own), chance, self.settings.astray).to(own)

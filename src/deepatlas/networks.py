@@ -42,7 +42,7 @@ class Convolution(nn.Module):
 
 def activated(x: Features, norm: nn.GroupNorm) -> Features:
     """Group normalisation → leaky ReLU. On a CPU a fused kernel on channels-last maps, else PyTorch's."""
-    x = x if x.is_cuda else x.to(norm.weight.dtype)
+    x = x if x.is_cuda else x.to(norm.weight.dtype)  # a mixed convolution leaves bfloat16, which the kernel is not for
     if grid.has_kernel(x, norm.weight):
         return _Activated.apply(channels_last(x), norm.weight, norm.bias, norm.num_groups, norm.eps)
     return F.leaky_relu(norm(x), LEAK)

@@ -1,4 +1,4 @@
-"""Supervised segmentation on top of a map: its backbone with a head of two layers, and where that finds structures.
+"""Supervised segmentation on top of a map: its backbone with two finer levels, and where that finds structures.
 
 The map knows where a structure ought to be, the head where in this exam it ends. The network is given the image and the
 log odds of every structure by the map, and adds to these: it begins as the map's own answer, and what is not in the

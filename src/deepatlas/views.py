@@ -140,9 +140,11 @@ class Cohorted(NamedTuple):
         to_finest = torch.linalg.inv((self.fine or self).box_to_mm[exams]) @ box_to_mm
         return affine.apply(to_finest.to(places_box), places_box)
 
-    def drawn(self, view: View, size: int) -> Masks | None:
-        """What is drawn on a batch where it is shown, on a grid of any size; None where nothing is drawn at all."""
-        places, shown = (grid.resize(part.float(), (size,) * 3) for part in (view.places_box, view.foreground))
+    def drawn(self, view: View, size: int | None = None) -> Masks | None:
+        """What is drawn on a batch where it is shown, on its own grid or one of another size; None where nothing is
+        drawn at all."""
+        shape = tuple(view.seen.shape[2:]) if size is None else (size,) * 3
+        places, shown = (grid.resize(part.float(), shape) for part in (view.places_box, view.foreground))
         masks = self.masks(view.exams, places, self.box_to_mm[view.exams])
         return masks and masks.only(shown > 0.5)
 
