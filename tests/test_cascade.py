@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from deepatlas import cascade, checkpoint, files, grid, library, store
+from deepatlas import cascade, checkpoint, classifier, files, grid, library, store
 from deepatlas.atlas import Region
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.cascade import Cutter
 from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.classifier import Taught
 from deepatlas.config import FINER, ConsolidationStage, Fitting, NetworkConfig
 from deepatlas.embedding import Embedded
 from deepatlas.errors import CohortError, ExamError, RegionError
 from deepatlas.files import as_exam
 from deepatlas.locate import define
-from deepatlas.networks import CoordinateNetwork
+from deepatlas.networks import CoordinateNetwork, VoxelClassifier
 from deepatlas.prepare import prepare_cube
 from deepatlas.pretrain import Run, pretrain
 from deepatlas.views import load_cohort
@@ -176,6 +177,44 @@ def test_defining_teaches_finer_models_what_they_hold(wide, known_maps, tmp_path
     assert [one.name for one in checkpoint.lineage(tmp_path / "model" / "finer" / "core")] == ["model", "core"]
     assert list(library.renamed(again, "inner", "kernel").finer["core"].structures) == ["kernel"]
     assert not again.without("inner").finer["core"].structures
+
+
+def test_a_crop_is_given_the_coordinates_of_the_model_above(wide, known_maps):
+    volume, _ = exam()
+    own = cascade.embed_by([wide, wide.finer["core"]], volume)
+    above = cascade.embed_by([wide, wide.finer["core"]], volume, from_above=True)
+    np.testing.assert_array_equal(above.prepared.box_to_mm, own.prepared.box_to_mm)
+    assert not torch.equal(above.c_atlas, own.c_atlas)
+    torch.testing.assert_close(above.c_atlas, own.c_atlas, atol=0.01, rtol=0)
+
+
+def test_looks_are_learned_by_the_coordinates_of_the_model_above(wide, known_maps, tmp_path, monkeypatch):
+    volume, labels = exam()
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for number in range(3):
+        files.write_image(tmp_path / "images" / f"{number}.nii.gz", volume.array, volume)
+        files.write_labels(tmp_path / "labels" / f"{number}.nii.gz", labels.array, volume)
+    given = []
+
+    def instead(structures, labelled, how=None, on_done=None):
+        structures = list(structures)
+        given.append(([one.name for one in structures], [embedded for *_, embedded in labelled]))
+        return [Taught(replace(one, classifier=VoxelClassifier(1, 4)), 3, 0.5, 0.6) for one in structures]
+
+    monkeypatch.setattr(classifier, "taught", instead)
+    made = library.define_files(wide, tmp_path / "images", tmp_path / "labels", NAMES, learn=True)
+    assert sorted(made.looks) == ["core inner", "inner", "outer"]
+    (inner, seen), (both, whole) = given
+    assert (inner, both) == (["inner"], ["inner", "outer"])
+    above = cascade.embed_by([wide, wide.finer["core"]], volume, from_above=True)
+    top = cascade.embed(wide, volume)
+    for one, truth in [(one, above) for one in seen] + [(one, top) for one in whole]:
+        torch.testing.assert_close(one.c_atlas, truth.c_atlas)
+    assert (len(seen), len(whole)) == (3, 3)
+    assert all(one.classifier for model in (made.model, made.model.finer["core"]) for one in model.structures.values())
+    again = library.define_files(made.model, tmp_path / "images", tmp_path / "labels", NAMES).model
+    assert not any(one.classifier for model in (again, again.finer["core"]) for one in model.structures.values())
 
 
 @pytest.fixture

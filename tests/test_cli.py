@@ -19,13 +19,14 @@ import pytest
 import torch
 
 import deepatlas
-from deepatlas import checkpoint, files, grid, outputs, refine
+from deepatlas import checkpoint, classifier, files, grid, outputs, refine
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.classifier import Taught
 from deepatlas.config import PRESETS, AutoencoderStage, LevelStage, NetworkConfig, WarmStage
 from deepatlas.embedding import embed, likeness_of
 from deepatlas.errors import ExamError
-from deepatlas.networks import CoordinateNetwork
+from deepatlas.networks import CoordinateNetwork, VoxelClassifier
 from deepatlas.prepare import prepare
 from deepatlas.volume import apply
 from refusing import refused
@@ -345,6 +346,28 @@ def test_define_from_folders(call, trained, work):
     assert list(json.loads((work / "new" / "failed.json").read_text())) == ["crooked"]
     assert {one.exams for one in checkpoint.load(work / "new").structures.values()} == {2}
     assert checkpoint.load(trained).structures == {}
+
+
+def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):
+    shutil.copytree(taught, work / "model")
+    arguments = ["-m", work / "model", "-i", work / "images", "-l", work / "labels", "--names", work / "labels.json"]
+    code, out, _ = call("define", *arguments, "--learn")
+    assert (code, "Dice" in out) == (0, False)  # one exam is too few
+    learned = []
+
+    def instead(structures, labelled, how=None, on_done=None):
+        learned.append(len(list(labelled)))
+        first, second = structures
+        classified = replace(first, classifier=VoxelClassifier(1, 4))
+        return [Taught(classified, 12, 0.5, 0.625), Taught(second, 11, 0.75, 0.7)]
+
+    monkeypatch.setattr(classifier, "taught", instead)
+    code, out, _ = call("define", *arguments, "--learn")
+    assert (code, learned) == (0, [1])
+    first, second = checkpoint.load(work / "model").structures.values()
+    assert f"{first.name}: Dice 0.625 by its look, 0.500 by the map alone: kept." in out
+    assert f"{second.name}: Dice 0.700 by its look, 0.750 by the map alone: not kept." in out
+    assert (first.classifier is None, second.classifier is None) == (False, True)
 
 
 def test_structures_are_listed_renamed_and_removed(call, taught, work):

@@ -20,6 +20,7 @@ from torch import Tensor
 from deepatlas import grid, warp
 from deepatlas.config import CUBE
 from deepatlas.errors import RegionError, StructureError
+from deepatlas.networks import VoxelClassifier
 from deepatlas.shapes import Coordinates, Mask
 
 LEVELS = torch.linspace(0.1, 0.9, 33)
@@ -53,6 +54,8 @@ class Structure:
     """How many labelled exams made it."""
     tissue: Float[Tensor, "part part part bin bin"] | None = None
     """How HU move the log odds of the mask in each part of its box (`deepatlas.tissue`); None: not at all."""
+    classifier: VoxelClassifier | None = None
+    """What many exams taught of its look (`deepatlas.classifier`), instead of HU alone."""
 
     def renamed(self, name: str) -> "Structure":
         """The same structure under another name."""

@@ -46,33 +46,45 @@ def cube_of(model: Model, finer: Model) -> Region:
     return known if same else region
 
 
-def look_closer(model: Model, finer: Model, exam: Volume, embedded: Embedded) -> Embedded | None:
+def look_closer(
+    model: Model, finer: Model, exam: Volume, embedded: Embedded, from_above: bool = False
+) -> Embedded | None:
     """The map of an exam by a finer model; None where the exam does not show its cube.
 
     Args:
         embedded: the exam with the map of the model above.
+        from_above: give the crop the coordinates of that map, in the frame of the finer model.
 
     Source: §5.2.4.
     """
-    shown = regions.show(cube_of(model, finer), embedded)
+    cube = cube_of(model, finer)
+    shown = regions.show(cube, embedded)
     if shown.to_mm is None or shown.coverage < LEAST_SHOWN:
         return None
     try:
-        return map_prepared(finer, prepare_cube(exam, finer.size, shown.to_mm))
+        crop = prepare_cube(exam, finer.size, shown.to_mm)
     except ExamError:  # next to nothing of the patient
         return None
+    if not from_above:
+        return map_prepared(finer, crop)
+    inner = (crop.size - 1) / crop.size  # the middle of the outermost voxels, in the cube
+    start = coordinates_in(cube, embedded, shown.to_mm)
+    return Embedded(crop, grid.sample(start[None], inner * grid.identity(crop.hu.shape)))
 
 
-def embed_by(models: list[Model], exam: Volume, embedded: Embedded | None = None) -> Embedded | None:
+def embed_by(
+    models: list[Model], exam: Volume, embedded: Embedded | None = None, from_above: bool = False
+) -> Embedded | None:
     """The map of an exam by the last of models, each within the view of the one before it; None where it does not
     show that much.
 
     Args:
         embedded: the exam with the map of the first model, where it is known already.
+        from_above: give the last crop the coordinates of the model above it (`look_closer`).
     """
     embedded = embedded or embed(models[0], exam)
     for above, finer in pairwise(models):
-        embedded = look_closer(above, finer, exam, embedded)
+        embedded = look_closer(above, finer, exam, embedded, from_above and finer is models[-1])
         if embedded is None:
             return None
     return embedded

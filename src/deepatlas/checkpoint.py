@@ -2,14 +2,15 @@
 
 A model folder, format version 1:
 
-=========================  ===============================================================================
-``model.json``             format, version, sizes, preparation, seed exam, structures (name, label, level...), regions,
-                           landmarks
-``weights.safetensors``    network, autoencoder and atlas; half or single precision
-``structures.safetensors`` one soft mask per structure
-``head.safetensors``       of a fine-tuned model: the segmentation head with its backbone (`deepatlas.finetune`)
-``finer/NAME/``            a model of the cube NAME of this atlas, a folder of the same kind (`deepatlas.cascade`)
-=========================  ===============================================================================
+===========================  ===============================================================================
+``model.json``               format, version, sizes, preparation, seed exam, structures (name, label, level...),
+                             regions, landmarks
+``weights.safetensors``      network, autoencoder and atlas; half or single precision
+``structures.safetensors``   one soft mask per structure
+``classifiers.safetensors``  the voxel classifiers of structures that have one (`deepatlas.classifier`)
+``head.safetensors``         of a fine-tuned model: the segmentation head with its backbone (`deepatlas.finetune`)
+``finer/NAME/``              a model of the cube NAME of this atlas, a folder of the same kind (`deepatlas.cascade`)
+===========================  ===============================================================================
 
 Everything is written beside its target first and then moved over it; the JSON goes last. Loading checks every name,
 type and shape against the header before any array is allocated.
@@ -31,7 +32,7 @@ from deepatlas.atlas import REGION_NODES, Region, Structure
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.config import NetworkConfig
 from deepatlas.errors import ModelError, StructureError
-from deepatlas.networks import CoordinateNetwork, SegmentationHead
+from deepatlas.networks import CoordinateNetwork, SegmentationHead, VoxelClassifier
 from deepatlas.tissue import BINS, MOST, PARTS
 
 FORMAT = "deepatlas-model"
@@ -39,6 +40,7 @@ VERSION = 1
 LARGEST_HEADER = 4 << 20
 FINER = "finer"
 HEAD = "head.safetensors"
+CLASSIFIERS = "classifiers.safetensors"
 MARGIN = 0.9
 """The seed exam's box lies within ± this in the atlas, so that tanh has room for anatomy beyond it."""
 
@@ -146,6 +148,10 @@ def _describe(model: Model, folder: Path) -> None:
             tensors[f"{index}.tissue"] = (255 * (structure.tissue / MOST + 1) / 2).round().to(torch.uint8)
     tensors = tensors or {"none": torch.zeros(1, dtype=torch.uint8)}
     write_tensors(folder / "structures.safetensors", tensors)
+    learned = [(n, s.classifier) for n, s in enumerate(model.structures.values()) if s.classifier is not None]
+    if learned:
+        weights = {f"{n}.{k}": v.to(torch.float16) for n, one in learned for k, v in one.state_dict().items()}
+        write_tensors(folder / CLASSIFIERS, weights)
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -165,6 +171,7 @@ def _describe(model: Model, folder: Path) -> None:
                 "box_atlas": s.box_atlas.tolist(),
                 "shape": list(s.mask.shape),
                 "tissue": PARTS if s.tissue is not None else 0,
+                "classifier": [s.classifier.members, s.classifier.width] if s.classifier else None,
             }
             for s in model.structures.values()
         ],
@@ -183,6 +190,8 @@ def _describe(model: Model, folder: Path) -> None:
             "structures": model.segmented,
         }
     write_text(folder / "model.json", json.dumps(about, indent=1))
+    if not learned:
+        (folder / CLASSIFIERS).unlink(missing_ok=True)
 
 
 def load(folder: Path) -> Model:
@@ -328,6 +337,7 @@ def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
             shapes[f"{index}.tissue"] = _tissue_shape(entry["tissue"])
     shapes = shapes or {"none": (1,)}
     tensors = read_tensors(folder / "structures.safetensors", shapes, {"U8"})
+    classifiers = _load_classifiers(folder, about)
     found = {}
     for index, entry in enumerate(about):
         found[str(entry["name"])] = Structure(
@@ -339,7 +349,26 @@ def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
             level=float(entry["level"]),
             exams=int(entry["exams"]),
             tissue=_tissue(tensors[f"{index}.tissue"]) if entry.get("tissue") else None,
+            classifier=classifiers.get(index),
         )
+    return found
+
+
+def _load_classifiers(folder: Path, about: list[dict]) -> dict[int, VoxelClassifier]:
+    """Those of a library, by the place of their structure in it."""
+    found, shapes = {}, {}
+    for index, entry in enumerate(about):
+        if entry.get("classifier") is not None:
+            members, width = (int(number) for number in entry["classifier"])
+            if not (1 <= members <= 64 and 2 <= width <= 4096):
+                raise ValueError("sizes beyond what any classifier has")
+            with torch.device("meta"):
+                found[index] = VoxelClassifier(members, width)
+            shapes |= {f"{index}.{k}": tuple(v.shape) for k, v in found[index].state_dict().items()}
+    tensors = read_tensors(folder / CLASSIFIERS, shapes, {"F16"}) if shapes else {}
+    for index, one in found.items():
+        one.load_state_dict({k: v.float() for k, v in under(tensors, f"{index}.").items()}, assign=True)
+        one.requires_grad_(False)
     return found
 
 

@@ -290,6 +290,28 @@ class FineTuning:
         return self.rate * min(1.0, (step + 1) / self.warm_up) * fall
 
 
+@dataclass(frozen=True)
+class Classifying:
+    """Learning the voxel classifiers of structures (`deepatlas.classifier`)."""
+
+    least_exams: int = 10
+    """A structure that fewer exams show is drawn by its mask alone."""
+    members: int = 3
+    """Perceptrons side by side; each leaves out another of so many parts of the exams."""
+    width: int = 96
+    """Units of the first hidden layer; half as many in the second."""
+    points: int = 20_000
+    """Points of every exam that are learned from, drawn anew at each step."""
+    batch: int = 4096
+    together: int = 256
+    """Points of a step that come from one exam."""
+    rate: float = 1e-3
+    """It rises over the first steps and falls along a cosine."""
+    warm_up: int = 50
+    decay: float = 0.01
+    seed: int = 0
+
+
 PAPER = Preset(
     name="paper",
     levels=tuple(LevelStage(rate=0.005 / 2**n) for n in range(5)),

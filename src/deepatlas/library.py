@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepatlas import cascade, files
+from deepatlas import cascade, classifier, files
 from deepatlas.checkpoint import Model
+from deepatlas.classifier import Taught
 from deepatlas.embedding import Embedded, embed
 from deepatlas.errors import DeepAtlasError, LabelError, StructureError
 from deepatlas.locate import define
@@ -26,6 +27,8 @@ class Defined(NamedTuple):
     """Structures that no exam shows."""
     failed: dict[str, str]
     """Exam → why it could not be used."""
+    looks: dict[str, Taught]
+    """What voxel classifiers came to, where they were learned: by structure, in a finer model by its cube and that."""
 
 
 def define_files(
@@ -36,6 +39,7 @@ def define_files(
     required: bool = False,
     exclude: dict[str, list[str]] | None = None,
     refined: bool = False,
+    learn: bool = False,
     on_done: Callable[[int, int, str], None] | None = None,
 ) -> Defined:
     """Store structures from labelled exams on disk, see `deepatlas.locate.define`.
@@ -46,7 +50,8 @@ def define_files(
         required: refuse where a structure is not drawn in any exam, instead of leaving it out.
         exclude: for each structure, the exams whose label is known to be wrong; there it counts as not drawn.
         refined: fit each exam's map first, see `deepatlas.refine`.
-        on_done: called after each exam as `on_done(done, total, name)`.
+        learn: also how structures look that enough exams show, see `deepatlas.classifier`.
+        on_done: called after each exam, and each structure whose look was learned, as `on_done(done, total, name)`.
 
     Raises:
         ExamError, LabelError: nothing can be used. StructureError: nothing (or not everything required) is drawn.
@@ -90,32 +95,63 @@ def define_files(
     present = {name: number for name, number in names.items() if name not in undrawn}
     made = define(model, labelled(), present, embedded=_in_order(maps))
     usable = {path: one for path, one in read.items() if files.exam_name(path) not in failed}
-    return Defined(_taught([made], usable, present, refined), list(present), undrawn, failed)
+    teaching = _Teaching(usable, refined, learn, on_done)
+    return Defined(teaching.taught([made], present), list(present), undrawn, failed, teaching.looks)
 
 
-def _taught(models: list[Model], labels: dict[Path, Volume], names: dict[str, int], refined: bool) -> Model:
-    """The last of models, each within the one before it, with structures made anew in the finer models whose cubes
-    they lie in."""
-    model, finer = models[-1], {}
-    for key, one in model.finer.items():
-        within = {n: k for n, k in names.items() if cascade.holds(model, one, model.structures[n])}
+class _Teaching:
+    """What labelled exams teach beyond the masks of a model: the masks of finer models, and how structures look."""
+
+    def __init__(self, labels: dict[Path, Volume], refined: bool, learn: bool, on_done: Callable | None) -> None:
+        self.labels, self.refined, self.learn, self.on_done = labels, refined, learn, on_done
+        self.looks: dict[str, Taught] = {}
+
+    def taught(self, models: list[Model], names: dict[str, int], where: str = "") -> Model:
+        """The last of models, each within the one before it, with structures made anew in the finer models whose
+        cubes they lie in.
+
+        Args:
+            where: the names of these cubes, before those of structures in the report.
+        """
+        model, finer = models[-1], {}
+        for key, one in model.finer.items():
+            within = {n: k for n, k in names.items() if cascade.holds(model, one, model.structures[n])}
+            for name in set(names) & set(one.structures):
+                one = one.without(name)
+            if within:
+                maps: list[Embedded] = []
+                one = define(one, self.seen([*models, one], maps), within, embedded=_in_order(maps), required=False)
+            known = {n: within[n] for n in within if n in one.structures}
+            finer[key] = self.taught([*models, one], known, f"{where}{key} ")
+        return replace(self.looked(models, list(names), where) if self.learn else model, finer=finer)
+
+    def looked(self, models: list[Model], names: list[str], where: str) -> Model:
+        """The last of models with classifiers.
+
+        A finer map that was trained with these labels is surer of these exams than of others. So classifiers learn by
+        the coordinates of the map above it.
+        """
+        model = models[-1]
         maps: list[Embedded] = []
+        labelled = ((exam, drawn, maps.pop()) for exam, drawn in self.seen(models, maps, from_above=True))
+        found = classifier.taught([model.structures[name] for name in names], labelled, on_done=self.on_done)
+        self.looks |= {where + one.structure.name: one for one in found}
+        return model.with_structures(*(one.structure for one in found))
 
-        def labelled(one: Model = one, maps: list[Embedded] = maps) -> Iterator[tuple[Volume, Volume]]:
-            for path, drawn in labels.items():
-                exam = files.read_exam(path)
-                top = embed(models[0], exam)
-                seen = cascade.embed_by([*models, one], exam, refine(models[0], exam, top) if refined else top)
-                if seen is not None:
-                    maps.append(seen)
-                    yield exam, drawn
-
-        for name in set(names) & set(one.structures):
-            one = one.without(name)
-        if within:
-            one = define(one, labelled(), within, embedded=_in_order(maps), required=False)
-        finer[key] = _taught([*models, one], labels, {n: within[n] for n in within if n in one.structures}, refined)
-    return replace(model, finer=finer)
+    def seen(
+        self, models: list[Model], maps: list[Embedded], from_above: bool = False
+    ) -> Iterator[tuple[Volume, Volume]]:
+        """The labelled exams that the last of models sees; what it sees of each is added to ``maps``."""
+        for done, (path, drawn) in enumerate(self.labels.items(), start=1):
+            exam = files.read_exam(path)
+            top = embed(models[0], exam)
+            top = refine(models[0], exam, top) if self.refined else top
+            found = cascade.embed_by(models, exam, top, from_above)
+            if found is not None:
+                maps.append(found)
+                yield exam, drawn
+            if self.on_done is not None:
+                self.on_done(done, len(self.labels), files.exam_name(path))
 
 
 def without_faults(labels: Volume, exam: str, names: dict[str, int], exclude: dict[str, list[str]] | None) -> Volume:

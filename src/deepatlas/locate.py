@@ -23,7 +23,7 @@ from deepatlas.errors import StructureError
 from deepatlas.found import Found, extent
 from deepatlas.prepare import sample_mm
 from deepatlas.refine import settled
-from deepatlas.segmentation import redrawn_by_head
+from deepatlas.segmentation import redrawn_by_classifiers, redrawn_by_head
 from deepatlas.volume import Volume, apply
 
 PRESENT = 0.95
@@ -196,6 +196,7 @@ def locate(
     # an exam unlike any that was learned has coordinates without meaning
     claims = _claim(wanted, coverages, embedded, exam)
     found = {one.name: _found(one, n, coverages[n], claims, exam, alike) for n, one in enumerate(wanted)}
+    found = redrawn_by_classifiers(model, exam, embedded, found)
     return redrawn_by_head(model, exam, embedded, found) if model.segmented else found
 
 

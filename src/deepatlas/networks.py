@@ -260,6 +260,41 @@ class SegmentationHead(nn.Module):
         return odds + channels_first(added.float())
 
 
+class VoxelClassifier(nn.Module):
+    """(what surrounds a point) → what is added to the log odds that it belongs to a structure.
+
+    Perceptrons of two hidden layers side by side, the members; each learned from other exams (`deepatlas.classifier`).
+    They begin by adding nothing.
+
+    Source: ours.
+    """
+
+    INPUTS = 2 * 7**3 + 3**3 + 3
+    """Numbers that are given of a point: HU near by and farther, odds around, and where in the structure it lies."""
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        sizes = (self.INPUTS, width, width // 2, 1)
+        self.members, self.width = members, width
+        self.weights = nn.ParameterList(torch.empty(members, *size) for size in pairwise(sizes))
+        self.biases = nn.ParameterList(torch.zeros(members, 1, size) for size in sizes[1:])
+        self.register_buffer("level", torch.tensor(0.5))
+        """A voxel belongs to the structure where its probability exceeds this."""
+        self.register_buffer("hu", torch.tensor(0.0))
+        """How much the HU of a voxel move its log odds afterwards (`deepatlas.tissue`)."""
+        for weight in self.weights[:-1]:
+            nn.init.normal_(weight, std=(2 / weight.shape[1]) ** 0.5)
+        nn.init.zeros_(self.weights[-1])
+
+    def forward(self, x: Float[Tensor, "point inputs"]) -> Float[Tensor, "member point"]:
+        """Of every point, by each member."""
+        layers = list(zip(self.weights, self.biases, strict=True))
+        x = x.expand(self.members, -1, -1)
+        for weight, bias in layers[:-1]:
+            x = F.relu(torch.baddbmm(bias, x, weight))
+        return torch.baddbmm(layers[-1][1], x, layers[-1][0])[..., 0]
+
+
 def parameter_count(module: nn.Module) -> int:
     """Trainable numbers of a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)

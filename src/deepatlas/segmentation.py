@@ -1,6 +1,6 @@
-"""Supervised segmentation on top of a map: its backbone with two finer levels, and where that finds structures.
+"""Supervised segmentation on top of a map, by voxel classifiers or by a head: where these find structures.
 
-The map knows where a structure ought to be, the head where in this exam it ends. The network is given the image and the
+The map knows where a structure ought to be, the head where in this exam it ends. The head is given the image and the
 log odds of every structure by the map, and adds to these: it begins as the map's own answer, and what is not in the
 scan is still the map's to say.
 
@@ -8,13 +8,14 @@ Source: §3.3.3 (the last convolution replaced by a new two-layer head, all laye
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deepatlas import affine, atlas, grid, tissue
+from deepatlas import affine, atlas, classifier, grid, tissue
 from deepatlas.atlas import Structure
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
@@ -81,16 +82,74 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
         sums[:, 0] += at.sum(dim=1).numpy()
         sums[:, 1] += np.bincount(which[own], most[own], len(names))
         counts += np.bincount(which[own], minlength=len(names))
-    kept = {number for number, count in zip(numbers, counts, strict=True) if count}
-    for number, one in enumerate(found.values()):
-        if number not in kept and one.mask is not None:
+    drawn = [
+        _Drawn(name, int(count), float(own), float(everywhere))
+        for name, count, (everywhere, own) in zip(names, counts, sums, strict=True)
+    ]
+    return _above_the_maps(model, exam, embedded, found, owner, drawn)
+
+
+def redrawn_by_classifiers(model: Model, exam: Volume, embedded: Embedded, found: dict[str, Found]) -> dict[str, Found]:
+    """Answers of the map with masks by the voxel classifiers of structures that have one (`deepatlas.classifier`).
+
+    A voxel goes to the structure that exceeds its level most, and
+    the others keep what is left. Absence, empty masks and confidence are as in `redrawn_by_head`.
+    """
+    owner, most = np.full(exam.shape, -1, dtype=np.int16), np.zeros(exam.shape, dtype=np.float32)
+    chance, everywhere = most.copy(), {}
+    for number, (name, one) in enumerate(found.items()):
+        structure = model.structures[name]
+        if structure.classifier is None or one.status == "absent":
+            continue
+        block, likely = classifier.likely(structure, exam, embedded)
+        level = float(structure.classifier.level)
+        better = (score := (likely - level) / (1 - level)) > most[block]
+        owner[block][better], most[block][better], chance[block][better] = number, score[better], likely[better]
+        everywhere[name] = float(likely.sum())
+    if not everywhere:
+        return found
+    counts = np.bincount(owner.ravel() + 1, minlength=len(found) + 1)[1:]
+    own = np.bincount(owner.ravel() + 1, chance.ravel(), len(found) + 1)[1:]
+    numbers = {name: number for number, name in enumerate(found)}
+    drawn = [_Drawn(name, int(counts[n := numbers[name]]), float(own[n]), total) for name, total in everywhere.items()]
+    return _above_the_maps(model, exam, embedded, found, owner, drawn)
+
+
+class _Drawn(NamedTuple):
+    """A structure that was drawn anew."""
+
+    name: str
+    count: int
+    """Voxels of its mask."""
+    own: float
+    """Probability of these voxels together."""
+    everywhere: float
+    """That of all voxels."""
+
+
+def _above_the_maps(
+    model: Model,
+    exam: Volume,
+    embedded: Embedded,
+    found: dict[str, Found],
+    owner: np.ndarray,
+    drawn: list[_Drawn],
+) -> dict[str, Found]:
+    """New masks above those of the map, which keep what is left to them; where nothing was drawn, the map's stays.
+
+    Args:
+        owner: whose of `found` a voxel became, −1 for nobody's; extended by the map's masks.
+    """
+    drawn = [one for one in drawn if one.count]
+    names = {one.name for one in drawn}
+    for number, (name, one) in enumerate(found.items()):
+        if name not in names and one.mask is not None:
             owner[(owner < 0) & one.mask] = number
     result = redrawn(found, owner, exam)
     alike = likeness_of(model, embedded)
-    for name, number, count, (everywhere, own) in zip(names, numbers, counts, sums, strict=True):
-        if number in kept:
-            expected = float(2 * own / (count + everywhere))
-            result[name] = replace(result[name], confidence=min(expected, alike.around(model.structures[name])))
+    for one in drawn:
+        expected = 2 * one.own / (one.count + one.everywhere)
+        result[one.name] = replace(result[one.name], confidence=min(expected, alike.around(model.structures[one.name])))
     return result
 
 

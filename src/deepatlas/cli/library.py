@@ -34,6 +34,9 @@ def define(
         Path | None, typer.Option(help='JSON of label faults to leave out: {"larynx": ["pt_206"]}.')
     ] = None,
     refined: RefineOption = False,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Learn also how structures look that ten exams or more show: minutes each.")
+    ] = False,
 ) -> None:
     """Store structures in a model's library, from one labelled exam or from several.
 
@@ -49,10 +52,8 @@ def define(
     table = table_of_names(names, structures)
     faults = read_json(exclude, dict) if exclude else None
     base = checkpoint.load(folder)
-    with counting("Reading") as count:
-        made = define_files(
-            base, inputs, labels, table, required=structures is not None, exclude=faults, refined=refined, on_done=count
-        )
+    with counting("Defining") as count:
+        made = define_files(base, inputs, labels, table, structures is not None, faults, refined, learn, count)
     if output is None:
         checkpoint.save_structures(made.model, target)
     else:
@@ -61,6 +62,9 @@ def define(
     for name in made.defined:
         one = made.model.structures[name]
         typer.echo(f"{name}: number {one.label}, from {one.exams} exam{'s' * (one.exams > 1)}.")
+    for name, look in made.looks.items():
+        kept = "kept" if look.structure.classifier else "not kept"
+        typer.echo(f"{name}: Dice {look.learned:.3f} by its look, {look.alone:.3f} by the map alone: {kept}.")
     if again := sorted(base.fine_tuned - made.model.fine_tuned):
         typer.echo(f"Drawn by the map again, the head had learned the old drawing: {', '.join(again)}.")
     if made.undrawn:
@@ -162,13 +166,15 @@ def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], 
         "level": loaded.level,
         "seed_exam": loaded.seed_exam,
         "structures": [{"name": s.name, "label": s.label, "exams": s.exams} for s in loaded.structures.values()],
+        "looks": [s.name for s in loaded.structures.values() if s.classifier is not None],
         "fine-tuned": sorted(loaded.fine_tuned),
     }
     if as_json:
         typer.echo(json.dumps(about))
         return
     names = [f"{one['name']} ({one['label']})" for one in about.pop("structures")]
-    about["fine-tuned"] = ", ".join(about["fine-tuned"]) or "none"
+    for key in ("looks", "fine-tuned"):
+        about[key] = ", ".join(about[key]) or "none"
     for key, value in about.items():
         typer.echo(f"{key:<11} {value}")
     typer.echo(f"structures  {', '.join(names) or 'none'}")

@@ -1,0 +1,304 @@
+"""Voxel classifiers: what they are shown of an exam, what they learn from, and what `locate` draws by them."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from deepatlas import checkpoint, classifier
+from deepatlas.classifier import STEP_MM, Sample, learn, surroundings, taught, voxels_of
+from deepatlas.config import Classifying
+from deepatlas.locate import define, locate
+from deepatlas.networks import VoxelClassifier
+from deepatlas.volume import Volume, apply
+from exact import CENTRE, OTHER, RADIUS, balls, blank, dice, exact, in_body, places_of, scan
+
+QUICK = Classifying(least_exams=6, width=24, points=30_000, batch=1024, together=128, rate=4e-3, warm_up=10)
+SHIFTS = np.array([[6, 0, -5], [-7, 4, 0], [0, -6, 6], [5, 5, 5], [-5, -4, -6], [0, 7, 0], [-6, 0, 6], [4, -6, -4]])
+"""mm: where the ball truly lies in each exam, which the map does not know."""
+
+
+def bright(shift: np.ndarray, spacing=(4, 4, 4), degrees=(0.0, 0.0, 0.0), **field) -> tuple[Volume, Volume]:
+    """An exam whose ball is brighter than the rest and off its place, and its label map."""
+    exam, places = scan(spacing, degrees, **field)
+    labels = balls(places, CENTRE + shift)
+    hu = np.where(labels > 0, 220, exam.array)
+    return Volume(hu.astype(np.int16), exam.affine), Volume(labels.astype(np.int16), exam.affine)
+
+
+@pytest.fixture(scope="module")
+def labelled() -> list[tuple[Volume, Volume]]:
+    return [bright(shift) for shift in SHIFTS]
+
+
+@pytest.fixture(autouse=True)
+def known_maps(monkeypatch):
+    monkeypatch.setattr(sys.modules["deepatlas.locate"], "embed", exact)
+
+
+@pytest.fixture(scope="module")
+def model(labelled):
+    """A model whose mask of the ball is the mean of its places, without HU."""
+    maps = [exact(blank(), exam) for exam, _ in labelled]
+    known = define(blank(), labelled, {"ball": 1}, embedded=maps)
+    return known.with_structures(replace(known.structures["ball"], tissue=None))
+
+
+@pytest.fixture(scope="module")
+def samples(model, labelled) -> list[Sample]:
+    result = []
+    for number, (exam, labels) in enumerate(labelled):
+        result.append(Sample.of(model.structures["ball"], number, exam, labels, exact(model, exam)))
+    return result
+
+
+@pytest.fixture(scope="module")
+def learned(samples) -> tuple[VoxelClassifier, float]:
+    return learn(samples, QUICK)
+
+
+def ramp(places: np.ndarray) -> np.ndarray:
+    return 20 + places @ np.array([1.5, -0.8, 1.1])
+
+
+@pytest.fixture(scope="module")
+def on_a_ramp(model):
+    """What is seen of the ball where HU rise evenly, on a turned grid."""
+    exam, places = scan((3.5, 4.5, 3), (20, -15, 30))
+    exam = Volume(ramp(places).astype(np.float32), exam.affine)
+    return surroundings(model.structures["ball"], exam, exact(model, exam))
+
+
+def test_what_is_seen_lies_where_it_says(model, on_a_ramp):
+    places = places_of(on_a_ramp.near.shape, on_a_ramp.affine)
+    close = np.linalg.norm(places - CENTRE, axis=-1) < RADIUS + 10
+    for hu in (on_a_ramp.near, on_a_ramp.far):
+        np.testing.assert_allclose(200 * hu[close].float(), ramp(places)[close], atol=0.3)
+    np.testing.assert_allclose(np.diag(on_a_ramp.affine), [STEP_MM] * 3 + [1])
+    points = places[tuple(on_a_ramp.points.T.numpy())]
+    far = np.linalg.norm(points - CENTRE, axis=-1)
+    assert far.max() < RADIUS + 30
+    everywhere = np.linalg.norm(places - CENTRE, axis=-1)
+    assert len(far[far < RADIUS - 8]) == (everywhere < RADIUS - 8).sum()
+    middle = on_a_ramp.own_box[np.linalg.norm(points - CENTRE, axis=-1).argmin()]
+    assert middle.abs().max() < 0.2
+
+
+def test_a_point_is_shown_what_surrounds_it(on_a_ramp):
+    rows = torch.tensor([0, len(on_a_ramp.points) // 2, len(on_a_ramp.points) - 1])
+    inputs = on_a_ramp.inputs(rows)
+    assert inputs.shape == (3, VoxelClassifier.INPUTS)
+    nodes = on_a_ramp.points[rows]
+    start = 0
+    for values, reach, step in ((on_a_ramp.near, 3, 1), (on_a_ramp.far, 3, 2), (on_a_ramp.odds / 3, 1, 2)):
+        for row, (i, j, k) in enumerate(nodes.tolist()):
+            around = [slice(n - reach * step, n + reach * step + 1, step) for n in (i, j, k)]
+            part = inputs[row, start : start + (2 * reach + 1) ** 3]
+            torch.testing.assert_close(part, values[tuple(around)].flatten().float(), atol=2e-3, rtol=1e-3)
+        start += (2 * reach + 1) ** 3
+    torch.testing.assert_close(inputs[:, start:], on_a_ramp.own_box[rows])
+
+
+def test_nothing_is_seen_of_what_an_exam_does_not_show(model):
+    exam, _ = scan((4, 4, 4), high=(130, 80, CENTRE[2] - 60))
+    assert surroundings(model.structures["ball"], exam, exact(model, exam)) is None
+
+
+def test_fine_voxels_are_averaged():
+    noise = np.random.default_rng(0).normal(0, 100, (60, 60, 60)).astype(np.float32)
+    exam = Volume(noise + np.float32(50), np.diag([1.0, 1, 1, 1]))
+    affine = np.diag([3.0, 3, 3, 1])
+    affine[:3, 3] = 6
+    found = classifier._hu(exam, affine, (16, 16, 16))
+    blocks = exam.array[5:53, 5:53, 5:53].reshape(16, 3, 16, 3, 16, 3).mean(axis=(1, 3, 5))
+    np.testing.assert_allclose(found, blocks, atol=1e-3)
+
+
+def test_a_classifier_begins_by_adding_nothing_and_its_members_stand_apart():
+    network, x = VoxelClassifier(3, 8), torch.randn(5, VoxelClassifier.INPUTS)
+    assert not network(x).any()
+    torch.nn.init.normal_(network.weights[-1])
+    before = network(x)
+    assert before.shape == (3, 5)
+    with torch.no_grad():
+        network.weights[0][1] *= 2
+    changed = (network(x) != before).any(dim=1)
+    assert changed.tolist() == [False, True, False]
+
+
+def test_a_member_learns_nothing_from_the_exams_that_judge_it(samples):
+    network, _ = learn([samples[0], samples[3], samples[6]], replace(QUICK, points=2000))
+    last = network.weights[-1].abs().amax(dim=(1, 2))
+    assert last[0] == 0
+    assert (last[1:] > 0).all()
+
+
+def test_the_look_of_a_structure_is_learned(samples, learned):
+    network, score = learned
+    alone = np.mean([sample.dice(sample.seen.odds.float().numpy(), 0, np.array([0.5])) for sample in samples])
+    assert alone < 0.85
+    assert score > 0.95
+    assert 0.1 <= float(network.level) <= 0.9
+
+
+def test_learning_repeats_itself(samples):
+    first, second = (learn(samples[:3], replace(QUICK, points=1000)) for _ in range(2))
+    assert first[1] == second[1]
+    for one, other in zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_look_that_few_exams_show_is_not_learned(model, labelled):
+    few = ((exam, labels, exact(model, exam)) for exam, labels in labelled[:5])
+    assert taught(model.structures.values(), few, QUICK) == []
+
+
+def test_a_classifier_that_is_no_better_is_not_kept(model):
+    """Nothing in these exams says where the ball was drawn: it lies off its place by chance."""
+    chance = np.random.default_rng(1)
+    exams = []
+    for shift in SHIFTS:
+        exam, places = scan((4, 4, 4))
+        noise = Volume(
+            np.where(exam.array > -900, chance.normal(0, 60, exam.shape), -1000).astype(np.int16), exam.affine
+        )
+        exams.append((noise, Volume(balls(places, CENTRE + shift).astype(np.int16), exam.affine), exact(model, noise)))
+    (one,) = taught(model.structures.values(), exams, QUICK)
+    assert (one.exams, one.structure.classifier) == (8, None)
+    assert one.learned <= one.alone < 0.9
+
+
+def test_what_is_learned_is_drawn(model, labelled):
+    maps = [(exam, labels, exact(model, exam)) for exam, labels in labelled]
+    counted = []
+    (one,) = taught(model.structures.values(), maps, QUICK, lambda *at: counted.append(at))
+    assert counted == [(1, 1, "ball")]
+    assert (one.exams, one.structure.name) == (8, "ball")
+    exam, labels = bright(np.array([-3.0, -6, 4]), (2, 3, 5), (20, -15, 30))
+    by_map = locate(model, exam)["ball"]
+    found = locate(model.with_structures(one.structure), exam)["ball"]
+    assert dice(by_map.mask, labels.array > 0) < 0.87
+    assert dice(found.mask, labels.array > 0) > 0.93
+    assert (found.status, found.label, found.coverage) == ("present", 1, by_map.coverage)
+    np.testing.assert_allclose(found.centroid_mm, CENTRE + np.array([-3, -6, 4]), atol=1)
+
+
+def drawing(**radii: float):
+    """In the place of `classifier.likely`: balls around `CENTRE`, surer the farther a voxel lies from the surface."""
+
+    def instead(structure, exam, embedded):
+        far = np.linalg.norm(places_of(exam.shape, exam.affine) - CENTRE, axis=-1)
+        likely = 1 / (1 + np.exp((far - radii[structure.name]) / 10))
+        return (slice(None),) * 3, likely.astype(np.float32)
+
+    return instead
+
+
+@pytest.fixture
+def two(labelled):
+    """A model of two structures, the first of which has a classifier."""
+    exam, places = scan((4, 4, 4))
+    known = define(
+        blank(), [(exam, Volume(balls(places, CENTRE, OTHER).astype(np.int16), exam.affine))], {"a": 1, "b": 2}
+    )
+    return known.with_structures(replace(known.structures["a"], classifier=VoxelClassifier(1, 4)))
+
+
+def by_the_map(model, exam):
+    return locate(model.with_structures(replace(model.structures["a"], classifier=None)), exam)
+
+
+def test_other_structures_keep_what_a_classifier_leaves_them(two, monkeypatch):
+    exam, places = scan((4, 3, 5), (5, -8, 12))
+    before = by_the_map(two, exam)
+    monkeypatch.setattr(classifier, "likely", drawing(a=75))
+    found = locate(two, exam)
+    np.testing.assert_array_equal(found["a"].mask, np.linalg.norm(places - CENTRE, axis=-1) < 75)
+    np.testing.assert_array_equal(found["b"].mask, before["b"].mask & ~found["a"].mask)
+    assert 0 < found["b"].mask.sum() < before["b"].mask.sum()
+    assert found["a"].volume_ml == pytest.approx(found["a"].mask.sum() * 4 * 3 * 5 / 1000)
+    assert 0 <= found["a"].confidence <= 1
+
+
+def test_a_voxel_goes_to_the_classifier_that_exceeds_its_level_most(two, monkeypatch):
+    exam, _ = scan((4, 4, 4))
+    surer = VoxelClassifier(1, 4)
+    surer.level.fill_(0.2)
+    both = two.with_structures(replace(two.structures["b"], classifier=surer))
+    monkeypatch.setattr(classifier, "likely", drawing(a=60, b=55))
+    found = locate(both, exam)
+    likely = [drawing(a=60, b=55)(both.structures[name], exam, None)[1] for name in "ab"]
+    exceeds = [(likely[0] - 0.5) / 0.5, (likely[1] - 0.2) / 0.8]
+    np.testing.assert_array_equal(found["a"].mask, (exceeds[0] > 0) & (exceeds[0] >= exceeds[1]))
+    np.testing.assert_array_equal(found["b"].mask, (exceeds[1] > 0) & (exceeds[0] < exceeds[1]))
+    assert found["a"].mask.any()
+
+
+def test_where_a_classifier_draws_nothing_the_map_answers(two, monkeypatch):
+    exam, _ = scan((4, 4, 4))
+    before = by_the_map(two, exam)
+    monkeypatch.setattr(classifier, "likely", drawing(a=-50))
+    found = locate(two, exam)
+    for name in "ab":
+        np.testing.assert_array_equal(found[name].mask, before[name].mask)
+        assert found[name].confidence == before[name].confidence
+
+
+def test_a_classifier_draws_within_the_patient_what_the_mask_calls_possible(two):
+    exam, places = scan((4, 4, 4))
+    with torch.no_grad():
+        two.structures["a"].classifier.biases[-1].fill_(50)
+    mask = locate(two, exam)["a"].mask
+    member = two.structures["a"].membership(exact(two, exam).c_atlas)
+    assert mask[in_body(places) & (np.linalg.norm(places - CENTRE, axis=-1) < RADIUS)].all()
+    assert not mask[np.linalg.norm(places - CENTRE, axis=-1) > RADIUS + 25].any()
+    assert not mask[~in_body(places, depth_mm=-20)].any()  # the map's nodes lie 10 mm apart
+    assert float(member.max()) > 0.5
+
+
+def test_what_is_absent_is_not_drawn(two, monkeypatch):
+    monkeypatch.setattr(classifier, "likely", drawing(a=500))
+    cut, _ = scan((4, 4, 4), high=(130, 80, CENTRE[2] - 45))
+    found = locate(two, cut)["a"]
+    assert (found.status, found.mask) == ("absent", None)
+
+
+def test_voxels_lie_where_they_say_and_their_hu_speak(labelled):
+    maps = [exact(blank(), exam) for exam, _ in labelled]
+    ball = define(blank(), labelled, {"ball": 1}, embedded=maps).structures["ball"]
+    exam, labels = bright(np.array([3, 3, 3]), (3, 5, 4), (20, -15, 30))
+    embedded = exact(blank(), exam)
+    seen = surroundings(ball, exam, embedded)
+    voxels = voxels_of(ball, exam, embedded, seen)
+    own = np.argwhere(voxels.near) + [part.start for part in voxels.block]
+    np.testing.assert_allclose(apply(seen.affine, voxels.index.T), apply(exam.affine, own), atol=1e-3)
+    inside = labels.array[tuple(own.T)] > 0
+    assert inside.sum() == (labels.array > 0).sum()
+    assert voxels.moved[inside].mean() > 0.5  # bright as the ball is in the exams that were counted
+    assert voxels.moved[~inside].mean() < 0
+    sample = Sample.of(ball, 0, exam, labels, embedded)
+    nothing = np.zeros(seen.near.shape, np.float32)
+    levels = np.array([0.3, 0.5, 0.7])
+    for hu in (0.5, 1.0):
+        likely = 1 / (1 + np.exp(-hu * voxels.moved))
+        truth = [dice(likely > level, inside) for level in levels]
+        np.testing.assert_allclose(sample.dice(nothing, hu, levels), truth, atol=1e-6)
+
+
+def test_classifiers_come_back_and_go_with_their_structure(model, learned, tmp_path):
+    from deepatlas.networks import CoordinateNetwork  # a model that can be written
+
+    whole = replace(model, network=CoordinateNetwork(replace(model.network.config, widths=(8, 8), head_channels=8)))
+    ball = replace(model.structures["ball"], classifier=learned[0])
+    whole = whole.with_structures(replace(ball, name="plain", classifier=None), ball)
+    checkpoint.save(whole, tmp_path / "m")
+    again = checkpoint.load(tmp_path / "m").structures
+    assert again["plain"].classifier is None
+    for name, value in ball.classifier.state_dict().items():
+        torch.testing.assert_close(again["ball"].classifier.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    assert not any(p.requires_grad for p in again["ball"].classifier.parameters())
+    checkpoint.save_structures(whole.without("ball"), tmp_path / "m")
+    assert not (tmp_path / "m" / "classifiers.safetensors").exists()
+    assert checkpoint.load(tmp_path / "m").structures["plain"].classifier is None
