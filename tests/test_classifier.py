@@ -1,5 +1,6 @@
 """Voxel classifiers: what they are shown of an exam, what they learn from, and what `locate` draws by them."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -10,8 +11,9 @@ import torch
 from deepatlas import checkpoint, classifier
 from deepatlas.classifier import STEP_MM, Sample, learn, surroundings, taught, voxels_of
 from deepatlas.config import Classifying
+from deepatlas.errors import ModelError
 from deepatlas.locate import define, locate
-from deepatlas.networks import VoxelClassifier
+from deepatlas.networks import CoordinateNetwork, VoxelClassifier
 from deepatlas.volume import Volume, apply
 from exact import CENTRE, OTHER, RADIUS, balls, blank, dice, exact, in_body, places_of, scan
 
@@ -287,18 +289,41 @@ def test_voxels_lie_where_they_say_and_their_hu_speak(labelled):
         np.testing.assert_allclose(sample.dice(nothing, hu, levels), truth, atol=1e-6)
 
 
-def test_classifiers_come_back_and_go_with_their_structure(model, learned, tmp_path):
-    from deepatlas.networks import CoordinateNetwork  # a model that can be written
-
-    whole = replace(model, network=CoordinateNetwork(replace(model.network.config, widths=(8, 8), head_channels=8)))
+@pytest.fixture
+def stored(model, learned, tmp_path):
+    """A model with a classifier for one of two structures, and its folder."""
+    network = CoordinateNetwork(replace(model.network.config, widths=(8, 8), head_channels=8))
     ball = replace(model.structures["ball"], classifier=learned[0])
-    whole = whole.with_structures(replace(ball, name="plain", classifier=None), ball)
+    whole = replace(model, network=network).with_structures(replace(ball, name="plain", classifier=None), ball)
     checkpoint.save(whole, tmp_path / "m")
-    again = checkpoint.load(tmp_path / "m").structures
+    return whole, tmp_path / "m"
+
+
+def test_classifiers_come_back_and_go_with_their_structure(stored):
+    whole, folder = stored
+    again = checkpoint.load(folder).structures
     assert again["plain"].classifier is None
-    for name, value in ball.classifier.state_dict().items():
-        torch.testing.assert_close(again["ball"].classifier.state_dict()[name], value, atol=1e-3, rtol=1e-3)
-    assert not any(p.requires_grad for p in again["ball"].classifier.parameters())
-    checkpoint.save_structures(whole.without("ball"), tmp_path / "m")
-    assert not (tmp_path / "m" / "classifiers.safetensors").exists()
-    assert checkpoint.load(tmp_path / "m").structures["plain"].classifier is None
+    found = again["ball"].classifier
+    for name, value in whole.structures["ball"].classifier.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    assert not any(weight.requires_grad for weight in found.parameters())
+    checkpoint.save_structures(whole.without("ball"), folder)
+    assert not (folder / "classifiers.safetensors").exists()
+    assert checkpoint.load(folder).structures["plain"].classifier is None
+
+
+@pytest.mark.parametrize("sizes", [[3, 10**9], [0, 24], [3], "3 24", [3, 48]])
+def test_classifiers_that_do_not_fit_are_refused(stored, sizes):
+    folder = stored[1]
+    about = json.loads((folder / "model.json").read_text())
+    place = next(n for n, one in enumerate(about["structures"]) if one["name"] == "ball")
+    about["structures"][place]["classifier"] = sizes
+    (folder / "model.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError):
+        checkpoint.load(folder)
+
+
+def test_a_model_without_its_classifiers_is_refused(stored):
+    (stored[1] / "classifiers.safetensors").unlink()
+    with pytest.raises(ModelError, match="classifiers"):
+        checkpoint.load(stored[1])

@@ -23,6 +23,7 @@ ORDER = [
         "embedding",
         "found",
         "dense",
+        "classifier",
         "segmentation",
         "refine",
         "locate",
