@@ -368,6 +368,7 @@ def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):
     assert f"{first.name}: Dice 0.625 by its look, 0.500 by the map alone: kept." in out
     assert f"{second.name}: Dice 0.700 by its look, 0.750 by the map alone: not kept." in out
     assert (first.classifier is None, second.classifier is None) == (False, True)
+    assert json.loads(call("info", work / "model", "--json")[1])["looks"] == [first.name]
 
 
 def test_structures_are_listed_renamed_and_removed(call, taught, work):

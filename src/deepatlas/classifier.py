@@ -28,7 +28,7 @@ from deepatlas.config import Classifying
 from deepatlas.embedding import IN_VIEW, Embedded
 from deepatlas.networks import VoxelClassifier
 from deepatlas.prepare import sample_mm
-from deepatlas.volume import Volume, apply, corners_mm
+from deepatlas.volume import Volume, apply, corners_mm, planes_mm
 
 STEP_MM = 3.0
 """Spacing of the grid along R, A, S on which points and what surrounds them lie."""
@@ -38,6 +38,8 @@ REACH = 3
 
 NEAR = 0.02
 """Membership from which a point is looked at closer."""
+
+LEAST_ODDS = float(np.log(NEAR / (1 - NEAR)))
 
 LOWEST_HU, HIGHEST_HU, UNIT_HU = -320.0, 700.0, 200.0
 """HU are clipped to these and divided by the last."""
@@ -124,11 +126,9 @@ def _hu(exam: Volume, affine: np.ndarray, shape: tuple[int, int, int]) -> Float[
     """HU on a grid; those of voxels that are finer than it are averaged."""
     width = np.maximum(1, (STEP_MM / exam.spacing_mm - 1) // 2 * 2 + 1).astype(int)  # an odd number of voxels
     block = _block(exam, corners_mm(shape, affine), width // 2)
-    shift = np.eye(4)
-    shift[:3, 3] = _start(block)
     part = exam.array[block].astype(np.float32)
     part = ndimage.uniform_filter(part, width, mode="nearest") if width.max() > 1 else part
-    return sample_mm(Volume(part, exam.affine @ shift), apply(affine, np.moveaxis(np.indices(shape), 0, -1)))
+    return sample_mm(Volume(part, _affine_of(exam, block)), apply(affine, np.moveaxis(np.indices(shape), 0, -1)))
 
 
 def _smoothed(values: Float[Tensor, "i j k"]) -> Float[Tensor, "i j k"]:
@@ -158,15 +158,17 @@ class Voxels(NamedTuple):
 def voxels_of(structure: Structure, exam: Volume, embedded: Embedded, seen: Surroundings) -> Voxels:
     """The voxels of an exam, within the patient, that the mask calls possible."""
     block = _block(exam, corners_mm(seen.near.shape, seen.affine))
-    to_grid = np.linalg.inv(seen.affine) @ exam.affine
-    voxels = np.indices([part.stop - part.start for part in block]) + _start(block).reshape(3, 1, 1, 1)
-    index = np.moveaxis(apply(to_grid, np.moveaxis(voxels, 0, -1)), -1, 0)
-    near = _read(seen.odds.float().numpy(), index) > np.log(NEAR / (1 - NEAR))
-    places = apply(np.linalg.inv(embedded.prepared.box_to_mm) @ exam.affine, voxels[:, near].T)
-    box = torch.from_numpy(places.T.astype(np.float32))[None]
-    view = (grid.inside(box) & (grid.sample(embedded.foreground.float(), box) > IN_VIEW))[0, 0].numpy()
-    near[near] = view
-    index, box = index[:, near], box[:, :, torch.from_numpy(view)]
+    near = np.zeros([part.stop - part.start for part in block], dtype=bool)
+    to_grid = np.linalg.inv(seen.affine) @ _affine_of(exam, block)
+    odds = seen.odds.float().numpy()
+    for plane, index in enumerate(planes_mm(near.shape, to_grid)):
+        near[plane] = _read(odds, np.moveaxis(index, -1, 0)) > LEAST_ODDS
+    index = apply(to_grid, np.argwhere(near))
+    box = apply(np.linalg.inv(embedded.prepared.box_to_mm) @ seen.affine, index)
+    box = torch.from_numpy(box.T.astype(np.float32))[None]
+    view = (grid.inside(box) & (grid.sample(embedded.foreground.float(), box) > IN_VIEW))[0, 0]
+    near[near] = view.numpy()
+    index, box = index[view.numpy()].T, box[:, :, view]
     if structure.tissue is None:
         return Voxels(block, near, index, np.zeros(index.shape[1], np.float32))
     parts = tissue.parts_of(structure.to_own_box(grid.sample(embedded.c_atlas, box)))[:, 0]
@@ -186,8 +188,11 @@ def _block(
     return tuple(slice(int(first), int(last)) for first, last in zip(low, high, strict=True))
 
 
-def _start(block: tuple[slice, slice, slice]) -> np.ndarray:
-    return np.array([part.start for part in block])
+def _affine_of(exam: Volume, block: tuple[slice, slice, slice]) -> Float[np.ndarray, "4 4"]:
+    """Voxel of a part of an exam → mm."""
+    shift = np.eye(4)
+    shift[:3, 3] = [part.start for part in block]
+    return exam.affine @ shift
 
 
 def _read(values: np.ndarray, index: Float[np.ndarray, "3 *voxels"]) -> Float[np.ndarray, "*voxels"]:
