@@ -152,6 +152,23 @@ def test_each_structure_is_answered_by_the_finest_model_that_holds_it(wide, know
     np.testing.assert_allclose(found["inner"].centroid_mm, apply(POSE, np.array(CENTRES["inner"], float)), atol=2)
 
 
+def test_a_look_is_preferred_to_a_finer_map_without_one(wide, known_maps, monkeypatch):
+    volume, labels = exam()
+    wide = define(wide, [(volume, labels)], NAMES)
+    inner = replace(wide.structures["inner"], classifier=VoxelClassifier(1, 4))
+    seen = cascade.look_closer(wide, wide.finer["core"], volume, cascade.embed(wide, volume))
+    core = define(wide.finer["core"], [(volume, labels)], {"inner": 1}, embedded=[seen])
+    wide = replace(wide.with_structures(inner), finer={"core": core})
+    asked = []
+    monkeypatch.setattr(cascade, "look_closer", lambda *_: asked.append(True))
+    found = cascade.locate(wide, volume)
+    assert (asked, found["inner"].status) == ([], "present")
+    looks = core.with_structures(replace(core.structures["inner"], classifier=VoxelClassifier(1, 4)))
+    for drawing in (looks, replace(core, segmented={"inner": 0})):
+        cascade.locate(replace(wide, finer={"core": drawing}), volume)
+        assert asked.pop()
+
+
 def test_an_exam_that_does_not_show_the_cube_is_answered_by_the_wide_model(wide, known_maps):
     volume, labels = exam()
     wide = define(wide, [(volume, labels)], NAMES)
@@ -179,42 +196,34 @@ def test_defining_teaches_finer_models_what_they_hold(wide, known_maps, tmp_path
     assert not again.without("inner").finer["core"].structures
 
 
-def test_a_crop_is_given_the_coordinates_of_the_model_above(wide, known_maps):
-    volume, _ = exam()
-    own = cascade.embed_by([wide, wide.finer["core"]], volume)
-    above = cascade.embed_by([wide, wide.finer["core"]], volume, from_above=True)
-    np.testing.assert_array_equal(above.prepared.box_to_mm, own.prepared.box_to_mm)
-    assert not torch.equal(above.c_atlas, own.c_atlas)
-    torch.testing.assert_close(above.c_atlas, own.c_atlas, atol=0.01, rtol=0)
-
-
-def test_looks_are_learned_by_the_coordinates_of_the_model_above(wide, known_maps, tmp_path, monkeypatch):
+def test_looks_are_learned_of_the_widest_model(wide, known_maps, tmp_path, monkeypatch):
     volume, labels = exam()
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
     for number in range(3):
         files.write_image(tmp_path / "images" / f"{number}.nii.gz", volume.array, volume)
         files.write_labels(tmp_path / "labels" / f"{number}.nii.gz", labels.array, volume)
-    given = []
+    given, counted = [], []
 
     def instead(structures, labelled, how=None, on_done=None):
         structures = list(structures)
         given.append(([one.name for one in structures], [embedded for *_, embedded in labelled]))
-        return [Taught(replace(one, classifier=VoxelClassifier(1, 4)), 3, 0.5, 0.6) for one in structures]
+        return [Taught(replace(one, classifier=VoxelClassifier(1, 4)), 3, 0.5, 0.6) for one in structures[:1]]
 
     monkeypatch.setattr(classifier, "taught", instead)
-    made = library.define_files(wide, tmp_path / "images", tmp_path / "labels", NAMES, learn=True)
-    assert sorted(made.looks) == ["core inner", "inner", "outer"]
-    (inner, seen), (both, whole) = given
-    assert (inner, both) == (["inner"], ["inner", "outer"])
-    above = cascade.embed_by([wide, wide.finer["core"]], volume, from_above=True)
-    top = cascade.embed(wide, volume)
-    for one, truth in [(one, above) for one in seen] + [(one, top) for one in whole]:
-        torch.testing.assert_close(one.c_atlas, truth.c_atlas)
-    assert (len(seen), len(whole)) == (3, 3)
-    assert all(one.classifier for model in (made.model, made.model.finer["core"]) for one in model.structures.values())
-    again = library.define_files(made.model, tmp_path / "images", tmp_path / "labels", NAMES).model
-    assert not any(one.classifier for model in (again, again.finer["core"]) for one in model.structures.values())
+    arguments = (wide, tmp_path / "images", tmp_path / "labels", NAMES)
+    made = library.define_files(*arguments, learn=True, on_done=lambda *at: counted.append(at))
+    ((names, seen),) = given
+    assert (names, len(seen)) == (["inner", "outer"], 3)
+    assert counted == [(n, 3, str(n - 1)) for n in (1, 2, 3)] * 2
+    for one in seen:
+        torch.testing.assert_close(one.c_atlas, cascade.embed(wide, volume).c_atlas)
+    assert [one.structure.name for one in made.looks] == ["inner"]
+    assert [one.classifier is None for one in made.model.structures.values()] == [False, True]
+    assert made.model.finer["core"].structures["inner"].classifier is None
+    again = library.define_files(*arguments)  # a structure that is made anew has no look
+    assert again.looks == []
+    assert all(one.classifier is None for one in again.model.structures.values())
 
 
 @pytest.fixture

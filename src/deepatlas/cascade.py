@@ -46,45 +46,33 @@ def cube_of(model: Model, finer: Model) -> Region:
     return known if same else region
 
 
-def look_closer(
-    model: Model, finer: Model, exam: Volume, embedded: Embedded, from_above: bool = False
-) -> Embedded | None:
+def look_closer(model: Model, finer: Model, exam: Volume, embedded: Embedded) -> Embedded | None:
     """The map of an exam by a finer model; None where the exam does not show its cube.
 
     Args:
         embedded: the exam with the map of the model above.
-        from_above: give the crop the coordinates of that map, in the frame of the finer model.
 
     Source: §5.2.4.
     """
-    cube = cube_of(model, finer)
-    shown = regions.show(cube, embedded)
+    shown = regions.show(cube_of(model, finer), embedded)
     if shown.to_mm is None or shown.coverage < LEAST_SHOWN:
         return None
     try:
-        crop = prepare_cube(exam, finer.size, shown.to_mm)
+        return map_prepared(finer, prepare_cube(exam, finer.size, shown.to_mm))
     except ExamError:  # next to nothing of the patient
         return None
-    if not from_above:
-        return map_prepared(finer, crop)
-    inner = (crop.size - 1) / crop.size  # the middle of the outermost voxels, in the cube
-    start = coordinates_in(cube, embedded, shown.to_mm)
-    return Embedded(crop, grid.sample(start[None], inner * grid.identity(crop.hu.shape)))
 
 
-def embed_by(
-    models: list[Model], exam: Volume, embedded: Embedded | None = None, from_above: bool = False
-) -> Embedded | None:
+def embed_by(models: list[Model], exam: Volume, embedded: Embedded | None = None) -> Embedded | None:
     """The map of an exam by the last of models, each within the view of the one before it; None where it does not
     show that much.
 
     Args:
         embedded: the exam with the map of the first model, where it is known already.
-        from_above: give the last crop the coordinates of the model above it (`look_closer`).
     """
     embedded = embedded or embed(models[0], exam)
     for above, finer in pairwise(models):
-        embedded = look_closer(above, finer, exam, embedded, from_above and finer is models[-1])
+        embedded = look_closer(above, finer, exam, embedded)
         if embedded is None:
             return None
     return embedded
@@ -103,7 +91,8 @@ def locate(
 ) -> dict[str, Found]:
     """`deepatlas.locate.locate`, each structure by the finest model that holds it.
 
-    Where masks of different models meet, the finer one keeps the voxel.
+    A model that has learned how a structure looks (`deepatlas.classifier`) is preferred to a finer one whose map has to
+    draw it alone. Where masks of different models meet, the finer one keeps the voxel.
 
     Raises:
         StructureError: an unknown name. ExamError: an exam that cannot be prepared.
@@ -115,7 +104,7 @@ def locate(
     found = plain.locate(model, exam, names, embedded)
     closer: dict[str, Found] = {}
     for finer in model.finer.values():
-        asked = [name for name in names if name in finer.structures and found[name].status != "absent"]
+        asked = [name for name in names if _finer_knows(model, finer, name) and found[name].status != "absent"]
         seen = look_closer(model, finer, exam, embedded) if asked else None
         if seen is not None:
             for name, one in locate(finer, exam, asked, seen).items():
@@ -124,6 +113,13 @@ def locate(
                 if sees and (rival is None or one.confidence > rival.confidence):
                     closer[name] = replace(one, label=found[name].label)
     return _together(found, closer, exam) if closer else found
+
+
+def _finer_knows(model: Model, finer: Model, name: str) -> bool:
+    """Whether a finer model is asked for a structure."""
+    if name not in finer.structures or model.structures[name].classifier is None:
+        return name in finer.structures
+    return finer.structures[name].classifier is not None or name in finer.segmented
 
 
 def _together(found: dict[str, Found], closer: dict[str, Found], exam: Volume) -> dict[str, Found]:

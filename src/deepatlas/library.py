@@ -27,8 +27,8 @@ class Defined(NamedTuple):
     """Structures that no exam shows."""
     failed: dict[str, str]
     """Exam → why it could not be used."""
-    looks: dict[str, Taught]
-    """What voxel classifiers came to, where they were learned: by structure, in a finer model by its cube and that."""
+    looks: list[Taught]
+    """What learning the looks of structures came to."""
 
 
 def define_files(
@@ -95,63 +95,50 @@ def define_files(
     present = {name: number for name, number in names.items() if name not in undrawn}
     made = define(model, labelled(), present, embedded=_in_order(maps))
     usable = {path: one for path, one in read.items() if files.exam_name(path) not in failed}
-    teaching = _Teaching(usable, refined, learn, on_done)
-    return Defined(teaching.taught([made], present), list(present), undrawn, failed, teaching.looks)
+    made = _taught([made], usable, present, refined)
+    looks: list[Taught] = []
+    if learn:
+        again = _labelled(made, usable, refined, on_done)
+        looks = classifier.taught([made.structures[name] for name in present], again, on_done=on_done)
+        made = made.with_structures(*(one.structure for one in looks))
+    return Defined(made, list(present), undrawn, failed, looks)
 
 
-class _Teaching:
-    """What labelled exams teach beyond the masks of a model: the masks of finer models, and how structures look."""
+def _labelled(
+    model: Model, labels: dict[Path, Volume], refined: bool, on_done: Callable[[int, int, str], None] | None
+) -> Iterator[tuple[Volume, Volume, Embedded]]:
+    """Exams, their label maps and their coordinates."""
+    for done, (path, drawn) in enumerate(labels.items(), start=1):
+        exam = files.read_exam(path)
+        embedded = embed(model, exam)
+        yield exam, drawn, refine(model, exam, embedded) if refined else embedded
+        if on_done is not None:
+            on_done(done, len(labels), files.exam_name(path))
 
-    def __init__(self, labels: dict[Path, Volume], refined: bool, learn: bool, on_done: Callable | None) -> None:
-        self.labels, self.refined, self.learn, self.on_done = labels, refined, learn, on_done
-        self.looks: dict[str, Taught] = {}
 
-    def taught(self, models: list[Model], names: dict[str, int], where: str = "") -> Model:
-        """The last of models, each within the one before it, with structures made anew in the finer models whose
-        cubes they lie in.
-
-        Args:
-            where: the names of these cubes, before those of structures in the report.
-        """
-        model, finer = models[-1], {}
-        for key, one in model.finer.items():
-            within = {n: k for n, k in names.items() if cascade.holds(model, one, model.structures[n])}
-            for name in set(names) & set(one.structures):
-                one = one.without(name)
-            if within:
-                maps: list[Embedded] = []
-                one = define(one, self.seen([*models, one], maps), within, embedded=_in_order(maps), required=False)
-            known = {n: within[n] for n in within if n in one.structures}
-            finer[key] = self.taught([*models, one], known, f"{where}{key} ")
-        return replace(self.looked(models, list(names), where) if self.learn else model, finer=finer)
-
-    def looked(self, models: list[Model], names: list[str], where: str) -> Model:
-        """The last of models with classifiers.
-
-        A finer map that was trained with these labels is surer of these exams than of others. So classifiers learn by
-        the coordinates of the map above it.
-        """
-        model = models[-1]
+def _taught(models: list[Model], labels: dict[Path, Volume], names: dict[str, int], refined: bool) -> Model:
+    """The last of models, each within the one before it, with structures made anew in the finer models whose cubes
+    they lie in."""
+    model, finer = models[-1], {}
+    for key, one in model.finer.items():
+        within = {n: k for n, k in names.items() if cascade.holds(model, one, model.structures[n])}
         maps: list[Embedded] = []
-        labelled = ((exam, drawn, maps.pop()) for exam, drawn in self.seen(models, maps, from_above=True))
-        found = classifier.taught([model.structures[name] for name in names], labelled, on_done=self.on_done)
-        self.looks |= {where + one.structure.name: one for one in found}
-        return model.with_structures(*(one.structure for one in found))
 
-    def seen(
-        self, models: list[Model], maps: list[Embedded], from_above: bool = False
-    ) -> Iterator[tuple[Volume, Volume]]:
-        """The labelled exams that the last of models sees; what it sees of each is added to ``maps``."""
-        for done, (path, drawn) in enumerate(self.labels.items(), start=1):
-            exam = files.read_exam(path)
-            top = embed(models[0], exam)
-            top = refine(models[0], exam, top) if self.refined else top
-            found = cascade.embed_by(models, exam, top, from_above)
-            if found is not None:
-                maps.append(found)
-                yield exam, drawn
-            if self.on_done is not None:
-                self.on_done(done, len(self.labels), files.exam_name(path))
+        def labelled(one: Model = one, maps: list[Embedded] = maps) -> Iterator[tuple[Volume, Volume]]:
+            for path, drawn in labels.items():
+                exam = files.read_exam(path)
+                top = embed(models[0], exam)
+                seen = cascade.embed_by([*models, one], exam, refine(models[0], exam, top) if refined else top)
+                if seen is not None:
+                    maps.append(seen)
+                    yield exam, drawn
+
+        for name in set(names) & set(one.structures):
+            one = one.without(name)
+        if within:
+            one = define(one, labelled(), within, embedded=_in_order(maps), required=False)
+        finer[key] = _taught([*models, one], labels, {n: within[n] for n in within if n in one.structures}, refined)
+    return replace(model, finer=finer)
 
 
 def without_faults(labels: Volume, exam: str, names: dict[str, int], exclude: dict[str, list[str]] | None) -> Volume:

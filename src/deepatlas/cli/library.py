@@ -62,9 +62,10 @@ def define(
     for name in made.defined:
         one = made.model.structures[name]
         typer.echo(f"{name}: number {one.label}, from {one.exams} exam{'s' * (one.exams > 1)}.")
-    for name, look in made.looks.items():
+    for look in made.looks:
         kept = "kept" if look.structure.classifier else "not kept"
-        typer.echo(f"{name}: Dice {look.learned:.3f} by its look, {look.alone:.3f} by the map alone: {kept}.")
+        scores = f"Dice {look.learned:.3f} by its look, {look.alone:.3f} by the map alone"
+        typer.echo(f"{look.structure.name}: {scores}: {kept}.")
     if again := sorted(base.fine_tuned - made.model.fine_tuned):
         typer.echo(f"Drawn by the map again, the head had learned the old drawing: {', '.join(again)}.")
     if made.undrawn:
