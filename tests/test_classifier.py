@@ -118,6 +118,20 @@ def test_fine_voxels_are_averaged():
     np.testing.assert_allclose(found, blocks, atol=1e-3)
 
 
+def test_exams_of_fine_voxels_are_judged_on_every_nth(model):
+    exam, labels = bright(np.zeros(3), (1, 1.5, 2.5), low=CENTRE - 60, high=CENTRE + 60)
+    embedded = exact(model, exam)
+    sample = Sample.of(model.structures["ball"], 0, exam, labels, embedded)
+    every = labels.array[::2] > 0
+    assert sample.drawn == every.sum() == sample.inside.sum()
+    odds = sample.seen.odds.float().numpy()
+    whole = voxels_of(model.structures["ball"], exam, embedded, sample.seen)
+    assert 1.9 < whole.index.shape[1] / sample.index.shape[1] < 2.1
+    mask = np.zeros(exam.shape, bool)
+    mask[whole.block][whole.near] = classifier._read(odds, whole.index) > 0
+    np.testing.assert_allclose(sample.dice(odds, 0, np.array([0.5])), dice(mask[::2], every), atol=1e-6)
+
+
 def test_a_classifier_begins_by_adding_nothing_and_its_members_stand_apart():
     network, x = VoxelClassifier(3, 8), torch.randn(5, VoxelClassifier.INPUTS)
     assert not network(x).any()

@@ -50,6 +50,9 @@ ODDS = 3.0
 HU_WEIGHTS = (0.0, 0.5, 1.0)
 """How much the HU of the exam's own voxels, finer than the grid, may still move the odds (`deepatlas.tissue`)."""
 
+JUDGED_MM = 2.0
+"""Exams with voxels finer than this are judged on every n-th."""
+
 FAR = 20.0
 """Log odds of what cannot be."""
 
@@ -208,12 +211,12 @@ class Sample(NamedTuple):
     share: Float[Tensor, "point"]
     """How much of a point's voxel was drawn, 0 ... 1."""
     index: Float[np.ndarray, "3 voxel"]
-    """Of the exam's own voxels near the structure, see `Voxels`."""
+    """Of the exam's own voxels near the structure, thinned where they are fine; see `Voxels`."""
     moved: Float[np.ndarray, "voxel"]
     inside: Bool[np.ndarray, "voxel"]
     """Which of them were drawn."""
     drawn: int
-    """Voxels of the exam that were drawn, near or not."""
+    """How many voxels of the exam, thinned alike, were drawn, near or not."""
 
     @classmethod
     def of(cls, structure: Structure, number: int, exam: Volume, labels: Volume, embedded: Embedded) -> "Sample | None":
@@ -225,8 +228,12 @@ class Sample(NamedTuple):
         inside = Volume(drawn.astype(np.float32), labels.affine)
         share = sample_mm(inside, apply(seen.affine, seen.points.numpy()), outside=0.0)
         voxels = voxels_of(structure, exam, embedded, seen)
-        inside = drawn[voxels.block][voxels.near]
-        return cls(number, seen, torch.from_numpy(share).half(), voxels.index, voxels.moved, inside, int(drawn.sum()))
+        every = np.maximum(1, np.floor(JUDGED_MM / exam.spacing_mm + 1e-6)).astype(int)
+        own = np.argwhere(voxels.near) + [part.start for part in voxels.block]
+        kept = (own % every == 0).all(axis=1)
+        index, moved, inside = voxels.index[:, kept], voxels.moved[kept], drawn[tuple(own[kept].T)]
+        count = int(drawn[tuple(slice(None, None, n) for n in every)].sum())
+        return cls(number, seen, torch.from_numpy(share).half(), index, moved, inside, count)
 
     def dice(
         self, odds: Float[np.ndarray, "i j k"], hu: float, levels: Float[np.ndarray, "level"]
