@@ -164,7 +164,8 @@ def test_a_look_is_preferred_to_a_finer_map_without_one(wide, known_maps, monkey
     found = cascade.locate(wide, volume)
     assert (asked, found["inner"].status) == ([], "present")
     looks = core.with_structures(replace(core.structures["inner"], classifier=VoxelClassifier(1, 4)))
-    for drawing in (looks, replace(core, segmented={"inner": 0})):
+    deeper = replace(core, finer={"kernel": replace(core, segmented={"inner": 0})})
+    for drawing in (looks, replace(core, segmented={"inner": 0}), deeper):
         cascade.locate(replace(wide, finer={"core": drawing}), volume)
         assert asked.pop()
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from deepatlas import checkpoint, classifier
+from deepatlas.atlas import LEVELS
 from deepatlas.classifier import STEP_MM, Sample, learn, surroundings, taught, voxels_of
 from deepatlas.config import Classifying
 from deepatlas.errors import ModelError
 from deepatlas.locate import define, locate
 from deepatlas.networks import CoordinateNetwork, VoxelClassifier
 from deepatlas.volume import Volume, apply
-from exact import CENTRE, OTHER, RADIUS, balls, blank, dice, exact, in_body, places_of, scan
+from exact import CENTRE, FRAME, OTHER, RADII, RADIUS, balls, blank, dice, exact, in_body, places_of, scan
 
 QUICK = Classifying(least_exams=6, width=24, points=30_000, batch=1024, together=128, rate=4e-3, warm_up=10)
 SHIFTS = np.array([[6, 0, -5], [-7, 4, 0], [0, -6, 6], [5, 5, 5], [-5, -4, -6], [0, 7, 0], [-6, 0, 6], [4, -6, -4]])
@@ -50,14 +51,11 @@ def model(labelled):
 
 @pytest.fixture(scope="module")
 def samples(model, labelled) -> list[Sample]:
-    result = []
-    for number, (exam, labels) in enumerate(labelled):
-        result.append(Sample.of(model.structures["ball"], number, exam, labels, exact(model, exam)))
-    return result
+    return [Sample.of(model.structures["ball"], exam, labels, exact(model, exam)) for exam, labels in labelled]
 
 
 @pytest.fixture(scope="module")
-def learned(samples) -> tuple[VoxelClassifier, float]:
+def learned(samples) -> tuple[VoxelClassifier, float, float]:
     return learn(samples, QUICK)
 
 
@@ -110,7 +108,7 @@ def test_nothing_is_seen_of_what_an_exam_does_not_show(model):
 
 def test_fine_voxels_are_averaged():
     noise = np.random.default_rng(0).normal(0, 100, (60, 60, 60)).astype(np.float32)
-    exam = Volume(noise + np.float32(50), np.diag([1.0, 1, 1, 1]))
+    exam = Volume(noise + np.float32(50), np.diag([1 + 1e-9, 1, 1 - 1e-9, 1]))  # as a turned affine is read back
     affine = np.diag([3.0, 3, 3, 1])
     affine[:3, 3] = 6
     found = classifier._hu(exam, affine, (16, 16, 16))
@@ -121,7 +119,7 @@ def test_fine_voxels_are_averaged():
 def test_exams_of_fine_voxels_are_judged_on_every_nth(model):
     exam, labels = bright(np.zeros(3), (1, 1.5, 2.5), low=CENTRE - 60, high=CENTRE + 60)
     embedded = exact(model, exam)
-    sample = Sample.of(model.structures["ball"], 0, exam, labels, embedded)
+    sample = Sample.of(model.structures["ball"], exam, labels, embedded)
     every = labels.array[::2] > 0
     assert sample.drawn == every.sum() == sample.inside.sum()
     odds = sample.seen.odds.float().numpy()
@@ -129,7 +127,9 @@ def test_exams_of_fine_voxels_are_judged_on_every_nth(model):
     assert 1.9 < whole.index.shape[1] / sample.index.shape[1] < 2.1
     mask = np.zeros(exam.shape, bool)
     mask[whole.block][whole.near] = classifier._read(odds, whole.index) > 0
-    np.testing.assert_allclose(sample.dice(odds, 0, np.array([0.5])), dice(mask[::2], every), atol=1e-6)
+    middle = len(LEVELS) // 2
+    assert float(LEVELS[middle]) == 0.5
+    np.testing.assert_allclose(sample.scores(odds)[0, middle], dice(mask[::2], every), atol=1e-6)
 
 
 def test_a_classifier_begins_by_adding_nothing_and_its_members_stand_apart():
@@ -145,23 +145,23 @@ def test_a_classifier_begins_by_adding_nothing_and_its_members_stand_apart():
 
 
 def test_a_member_learns_nothing_from_the_exams_that_judge_it(samples):
-    network, _ = learn([samples[0], samples[3], samples[6]], replace(QUICK, points=2000))
+    network, _, _ = learn(samples[:1], replace(QUICK, points=4000))
     last = network.weights[-1].abs().amax(dim=(1, 2))
     assert last[0] == 0
     assert (last[1:] > 0).all()
 
 
 def test_the_look_of_a_structure_is_learned(samples, learned):
-    network, score = learned
-    alone = np.mean([sample.dice(sample.seen.odds.float().numpy(), 0, np.array([0.5])) for sample in samples])
-    assert alone < 0.85
+    network, alone, score = learned
+    truth = np.mean([sample.scores(sample.seen.odds.float().numpy()) for sample in samples], axis=0)
+    assert alone == truth.max() < 0.85
     assert score > 0.95
     assert 0.1 <= float(network.level) <= 0.9
 
 
 def test_learning_repeats_itself(samples):
     first, second = (learn(samples[:3], replace(QUICK, points=1000)) for _ in range(2))
-    assert first[1] == second[1]
+    assert first[1:] == second[1:]
     for one, other in zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
@@ -184,6 +184,19 @@ def test_a_classifier_that_is_no_better_is_not_kept(model):
     (one,) = taught(model.structures.values(), exams, QUICK)
     assert (one.exams, one.structure.classifier) == (8, None)
     assert one.learned <= one.alone < 0.9
+
+
+def test_a_classifier_that_adds_nothing_is_not_kept(model, labelled):
+    """Level and weight are chosen on the exams that judge: that alone must not speak for it."""
+    maps = [(exam, labels, exact(model, exam)) for exam, labels in labelled]
+    (one,) = taught(model.structures.values(), maps, replace(QUICK, points=100, rate=0.0))
+    assert (one.learned, one.structure.classifier) == (one.alone, None)
+
+
+def test_settings_that_leave_nobody_to_judge_are_refused():
+    for wrong in ({"members": 1}, {"together": 9000}, {"together": 0}):
+        with pytest.raises(ValueError, match="members"):
+            replace(QUICK, **wrong)
 
 
 def test_what_is_learned_is_drawn(model, labelled):
@@ -262,23 +275,38 @@ def test_where_a_classifier_draws_nothing_the_map_answers(two, monkeypatch):
         assert found[name].confidence == before[name].confidence
 
 
-def test_a_classifier_draws_within_the_patient_what_the_mask_calls_possible(two):
+def test_a_classifier_draws_within_the_patient_what_the_mask_calls_possible():
+    skin = FRAME[:3, 3] + [RADII[0], 0, 0]
     exam, places = scan((4, 4, 4))
+    labels = Volume(balls(places, skin).astype(np.int16), exam.affine)
+    known = define(blank(), [(exam, labels)], {"a": 1})
+    everything = VoxelClassifier(1, 4)
     with torch.no_grad():
-        two.structures["a"].classifier.biases[-1].fill_(50)
-    mask = locate(two, exam)["a"].mask
-    member = two.structures["a"].membership(exact(two, exam).c_atlas)
-    assert mask[in_body(places) & (np.linalg.norm(places - CENTRE, axis=-1) < RADIUS)].all()
-    assert not mask[np.linalg.norm(places - CENTRE, axis=-1) > RADIUS + 25].any()
-    assert not mask[~in_body(places, depth_mm=-20)].any()  # the map's nodes lie 10 mm apart
-    assert float(member.max()) > 0.5
+        everything.biases[-1].fill_(50)
+    mask = locate(known.with_structures(replace(known.structures["a"], classifier=everything)), exam)["a"].mask
+    far = np.linalg.norm(places - skin, axis=-1)
+    assert mask[in_body(places) & (far < RADIUS)].all()
+    assert not mask[far > RADIUS + 25].any()
+    outside = ~in_body(places, depth_mm=-14) & (far < RADIUS)  # the map's nodes lie 10 mm apart
+    assert outside.any()
+    assert not mask[outside].any()
+
+
+def test_a_structure_is_drawn_to_the_end_of_a_cut_exam(two):
+    cut, _ = scan((2, 2, 2.5), high=(130, 80, CENTRE[2] + 1))
+    before = by_the_map(two, cut)["a"].mask
+    found = locate(two, cut)["a"].mask
+    for last in (-1, -2, -3):
+        assert found[..., last].sum() > 0.9 * before[..., last].sum() > 0
 
 
 def test_what_is_absent_is_not_drawn(two, monkeypatch):
-    monkeypatch.setattr(classifier, "likely", drawing(a=500))
     cut, _ = scan((4, 4, 4), high=(130, 80, CENTRE[2] - 45))
-    found = locate(two, cut)["a"]
-    assert (found.status, found.mask) == ("absent", None)
+    before = by_the_map(two, cut)
+    monkeypatch.setattr(classifier, "likely", drawing(a=500))
+    found = locate(two, cut)
+    assert (found["a"].status, found["a"].mask) == ("absent", None)
+    np.testing.assert_array_equal(found["b"].mask, before["b"].mask)
 
 
 def test_voxels_lie_where_they_say_and_their_hu_speak(labelled):
@@ -294,13 +322,11 @@ def test_voxels_lie_where_they_say_and_their_hu_speak(labelled):
     assert inside.sum() == (labels.array > 0).sum()
     assert voxels.moved[inside].mean() > 0.5  # bright as the ball is in the exams that were counted
     assert voxels.moved[~inside].mean() < 0
-    sample = Sample.of(ball, 0, exam, labels, embedded)
-    nothing = np.zeros(seen.near.shape, np.float32)
-    levels = np.array([0.3, 0.5, 0.7])
-    for hu in (0.5, 1.0):
+    scores = Sample.of(ball, exam, labels, embedded).scores(np.zeros(seen.near.shape, np.float32))
+    for row, hu in enumerate((0, 0.5, 1)):
         likely = 1 / (1 + np.exp(-hu * voxels.moved))
-        truth = [dice(likely > level, inside) for level in levels]
-        np.testing.assert_allclose(sample.dice(nothing, hu, levels), truth, atol=1e-6)
+        truth = [dice(likely > level, inside) for level in LEVELS.numpy()]
+        np.testing.assert_allclose(scores[row], truth, atol=1e-3)
 
 
 @pytest.fixture

@@ -369,6 +369,9 @@ def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):
     assert f"{second.name}: Dice 0.700 by its look, 0.750 by the map alone: not kept." in out
     assert (first.classifier is None, second.classifier is None) == (False, True)
     assert json.loads(call("info", work / "model", "--json")[1])["looks"] == [first.name]
+    code, out, _ = call("define", *arguments)
+    assert (code, f"the look was that of the old drawing: {first.name}" in out) == (0, True)
+    assert json.loads(call("info", work / "model", "--json")[1])["looks"] == []
 
 
 def test_structures_are_listed_renamed_and_removed(call, taught, work):

@@ -2,7 +2,8 @@
 
 A region of a model (`deepatlas.regions`) is cut out of every exam (`Cutter`), a finer model is trained on the crops
 (`deepatlas.pretrain`, from the model above), and lies in the folder ``finer/NAME`` of the model above. Its atlas is the
-cube. `locate` hands each structure to the finest model that holds it.
+cube. `locate` hands each structure to the finest model that holds it, but for those
+whose look the model above has learned.
 
 Source: §5.2.4, figure 6; up to two serial crops.
 """
@@ -119,7 +120,7 @@ def _finer_knows(model: Model, finer: Model, name: str) -> bool:
     """Whether a finer model is asked for a structure."""
     if name not in finer.structures or model.structures[name].classifier is None:
         return name in finer.structures
-    return finer.structures[name].classifier is not None or name in finer.segmented
+    return finer.structures[name].classifier is not None or name in finer.fine_tuned
 
 
 def _together(found: dict[str, Found], closer: dict[str, Found], exam: Volume) -> dict[str, Found]:

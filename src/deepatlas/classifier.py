@@ -3,10 +3,10 @@
 The mask of a structure in the atlas says where it ought to lie, and `deepatlas.tissue` counts which HU occur in it.
 Where many exams are labelled, perceptrons learn more: of a point near the structure they see the HU of what surrounds
 it, near by and twice as far, what the mask says there and around, and where in the structure it lies; they add to the
-odds of the mask. They learn from single points of all exams at once, in a minute or two for each structure.
+odds of the mask. They learn from single points of all exams at once, in about a minute for each structure.
 
-The members of a classifier learn from other parts of the exams. Each is judged on the exams that it did not learn from:
-so the level of the structure is chosen, and whether the classifier is kept at all.
+The members of a classifier learn from other parts of the exams, and each exam is judged by a member that did not learn
+from it: so the level of the structure is chosen, and whether the classifier is better than the mask and kept.
 
 Source: ours; auto-context (Tu and Bai 2010), where classifiers of voxels are given the odds of an earlier answer.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from scipy import ndimage
+from scipy import ndimage, special
 from torch import Tensor
 
 from deepatlas import grid, tissue
@@ -86,7 +86,7 @@ class Surroundings(NamedTuple):
     def inputs(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row inputs"]:
         """What a classifier is given of some of the points."""
         strides = torch.tensor(self.near.stride())
-        start = (self.points[rows] * strides).sum(dim=1, keepdim=True)
+        start = (self.points[rows].long() * strides).sum(dim=1, keepdim=True)
 
         def around(values: Tensor, offsets: np.ndarray) -> Tensor:
             return values.flatten()[start + (torch.from_numpy(offsets) * strides).sum(dim=1)].float()
@@ -96,7 +96,7 @@ class Surroundings(NamedTuple):
 
     def given(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
         """The log odds of the mask at some of the points."""
-        return self.odds[tuple(self.points[rows].T)].float()
+        return self.odds[tuple(self.points[rows].long().T)].float()
 
 
 def surroundings(structure: Structure, exam: Volume, embedded: Embedded) -> Surroundings | None:
@@ -118,16 +118,22 @@ def surroundings(structure: Structure, exam: Volume, embedded: Embedded) -> Surr
     box = torch.from_numpy(np.moveaxis(box, -1, 0).astype(np.float32))[None]
     c_atlas = grid.sample(embedded.c_atlas, box)
     member = structure.membership(c_atlas)[0, 0]
-    seen = (grid.inside(box) & (grid.sample(embedded.foreground.float(), box) > IN_VIEW))[0, 0]
+    seen = _in_patient(box, embedded)
     points = ((member > NEAR) & seen)[(slice(MARGIN, -MARGIN),) * 3].nonzero() + MARGIN
     own_box = structure.to_own_box(c_atlas)[0][:, *points.T].T
     odds = torch.logit(member.clamp(SUREST, 1 - SUREST))
-    return Surroundings(affine, near.half(), _smoothed(near).half(), odds.half(), points, own_box)
+    return Surroundings(affine, near.half(), _smoothed(near).half(), odds.half(), points.short(), own_box)
+
+
+def _in_patient(box: Float[Tensor, "1 3 *points"], embedded: Embedded) -> Bool[Tensor, "*points"]:
+    """Whether points of the prepared box lie in the patient; its outermost voxels reach beyond their middle."""
+    within = (box.abs() <= 1 + 2 / (embedded.prepared.size - 1)).all(dim=1, keepdim=True)
+    return (within & (grid.sample(embedded.foreground.float(), box) > IN_VIEW))[0, 0]
 
 
 def _hu(exam: Volume, affine: np.ndarray, shape: tuple[int, int, int]) -> Float[np.ndarray, "i j k"]:
     """HU on a grid; those of voxels that are finer than it are averaged."""
-    width = np.maximum(1, (STEP_MM / exam.spacing_mm - 1) // 2 * 2 + 1).astype(int)  # an odd number of voxels
+    width = np.maximum(1, (STEP_MM / exam.spacing_mm - 1 + 1e-6) // 2 * 2 + 1).astype(int)  # an odd number of voxels
     block = _block(exam, corners_mm(shape, affine), width // 2)
     part = exam.array[block].astype(np.float32)
     part = ndimage.uniform_filter(part, width, mode="nearest") if width.max() > 1 else part
@@ -164,14 +170,14 @@ def voxels_of(structure: Structure, exam: Volume, embedded: Embedded, seen: Surr
     near = np.zeros([part.stop - part.start for part in block], dtype=bool)
     to_grid = np.linalg.inv(seen.affine) @ _affine_of(exam, block)
     odds = seen.odds.float().numpy()
-    for plane, index in enumerate(planes_mm(near.shape, to_grid)):
+    for plane, index in enumerate(planes_mm(near.shape, to_grid)):  # of the grid here, not mm
         near[plane] = _read(odds, np.moveaxis(index, -1, 0)) > LEAST_ODDS
     index = apply(to_grid, np.argwhere(near))
     box = apply(np.linalg.inv(embedded.prepared.box_to_mm) @ seen.affine, index)
     box = torch.from_numpy(box.T.astype(np.float32))[None]
-    view = (grid.inside(box) & (grid.sample(embedded.foreground.float(), box) > IN_VIEW))[0, 0]
+    view = _in_patient(box, embedded)
     near[near] = view.numpy()
-    index, box = index[view.numpy()].T, box[:, :, view]
+    index, box = index[view.numpy()].T.astype(np.float32), box[:, :, view]
     if structure.tissue is None:
         return Voxels(block, near, index, np.zeros(index.shape[1], np.float32))
     parts = tissue.parts_of(structure.to_own_box(grid.sample(embedded.c_atlas, box)))[:, 0]
@@ -206,10 +212,9 @@ def _read(values: np.ndarray, index: Float[np.ndarray, "3 *voxels"]) -> Float[np
 class Sample(NamedTuple):
     """A structure as drawn on one exam."""
 
-    exam: int
     seen: Surroundings
     share: Float[Tensor, "point"]
-    """How much of a point's voxel was drawn, 0 ... 1."""
+    """The drawing at the points, read linearly: 0 ... 1."""
     index: Float[np.ndarray, "3 voxel"]
     """Of the exam's own voxels near the structure, thinned where they are fine; see `Voxels`."""
     moved: Float[np.ndarray, "voxel"]
@@ -219,34 +224,32 @@ class Sample(NamedTuple):
     """How many voxels of the exam, thinned alike, were drawn, near or not."""
 
     @classmethod
-    def of(cls, structure: Structure, number: int, exam: Volume, labels: Volume, embedded: Embedded) -> "Sample | None":
+    def of(cls, structure: Structure, exam: Volume, labels: Volume, embedded: Embedded) -> "Sample | None":
         """From the exam's label map; None where nothing of the structure was drawn, or the map does not show it."""
         drawn = labels.array == structure.label
         seen = surroundings(structure, exam, embedded) if drawn.any() else None
         if seen is None or not len(seen.points):
             return None
-        inside = Volume(drawn.astype(np.float32), labels.affine)
-        share = sample_mm(inside, apply(seen.affine, seen.points.numpy()), outside=0.0)
+        share = sample_mm(
+            Volume(drawn.astype(np.float32), labels.affine), apply(seen.affine, seen.points.numpy()), outside=0.0
+        )
         voxels = voxels_of(structure, exam, embedded, seen)
         every = np.maximum(1, np.floor(JUDGED_MM / exam.spacing_mm + 1e-6)).astype(int)
         own = np.argwhere(voxels.near) + [part.start for part in voxels.block]
         kept = (own % every == 0).all(axis=1)
         index, moved, inside = voxels.index[:, kept], voxels.moved[kept], drawn[tuple(own[kept].T)]
         count = int(drawn[tuple(slice(None, None, n) for n in every)].sum())
-        return cls(number, seen, torch.from_numpy(share).half(), index, moved, inside, count)
+        return cls(seen, torch.from_numpy(share).half(), index, moved, inside, count)
 
-    def dice(
-        self, odds: Float[np.ndarray, "i j k"], hu: float, levels: Float[np.ndarray, "level"]
-    ) -> Float[np.ndarray, "level"]:
-        """Dice on the exam's own voxels at each of some levels of probability.
+    def scores(self, odds: Float[np.ndarray, "i j k"]) -> Float[np.ndarray, "weight level"]:
+        """Dice on the exam's own voxels with each of `HU_WEIGHTS`, at each of `LEVELS`.
 
         Args:
             odds: log odds on the grid of what is seen.
-            hu: weight of the HU of these voxels.
         """
-        found = _read(odds, self.index) + hu * self.moved
-        over = found > np.log(levels / (1 - levels))[:, None]
-        return 2 * (over & self.inside).sum(axis=1) / np.maximum(over.sum(axis=1) + self.drawn, 1)
+        read, levels = _read(odds, self.index), torch.logit(LEVELS).numpy()[:, None]
+        over = np.stack([read + weight * self.moved > levels for weight in HU_WEIGHTS])
+        return 2 * (over & self.inside).sum(axis=2) / np.maximum(over.sum(axis=2) + self.drawn, 1)
 
 
 class Taught(NamedTuple):
@@ -256,9 +259,9 @@ class Taught(NamedTuple):
     """With a classifier, where that is better than the mask with its HU."""
     exams: int
     alone: float
-    """Mean Dice of the mask with its HU, on the exams that made it."""
+    """Mean Dice of the mask with its HU, see `learn`."""
     learned: float
-    """Mean Dice of the classifier, of each exam by the member that did not learn from it."""
+    """Mean Dice of the classifier on exams of which its members did not learn."""
 
 
 def taught(
@@ -276,26 +279,28 @@ def taught(
     """
     how, structures = how or Classifying(), list(structures)
     samples: dict[str, list[Sample]] = {one.name: [] for one in structures}
-    for number, (exam, labels, embedded) in enumerate(labelled):
+    for exam, labels, embedded in labelled:
         for one in structures:
-            sample = Sample.of(one, number, exam, labels, embedded)
+            sample = Sample.of(one, exam, labels, embedded)
             samples[one.name] += [] if sample is None else [sample]
     result = []
     for done, one in enumerate(structures, start=1):
         own = samples.pop(one.name)
         if len(own) >= how.least_exams:
-            level = np.array([one.level])
-            alone = np.mean([sample.dice(sample.seen.odds.float().numpy(), 1.0, level) for sample in own])
-            network, learned = learn(own, how)
+            network, alone, learned = learn(own, how)
             better = replace(one, classifier=network) if learned > alone else one
-            result.append(Taught(better, len(own), float(alone), learned))
+            result.append(Taught(better, len(own), alone, learned))
         if on_done is not None:
             on_done(done, len(structures), one.name)
     return result
 
 
-def learn(samples: list[Sample], how: Classifying) -> tuple[VoxelClassifier, float]:
-    """A classifier, and its mean Dice on exams: of each exam by the member that did not learn from it."""
+def learn(samples: list[Sample], how: Classifying) -> tuple[VoxelClassifier, float, float]:
+    """A classifier, the mean Dice of the mask without it, and its own: of each exam by the member that did not learn
+    from it. Both with the weight of HU and at the level that are best for them on these exams.
+
+    Member m learns from all samples but number m, m + members, m + 2 members, ...
+    """
     chance = torch.Generator().manual_seed(how.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
@@ -303,10 +308,10 @@ def learn(samples: list[Sample], how: Classifying) -> tuple[VoxelClassifier, flo
     optimiser = torch.optim.AdamW(network.parameters(), how.rate, weight_decay=how.decay)
     steps = -(-len(samples) * how.points // how.batch)
     for step in range(steps):
-        chosen = [samples[n] for n in torch.randint(len(samples), (how.batch // how.together,), generator=chance)]
-        drawn = [_drawn(sample, how.together, chance) for sample in chosen]
+        chosen = torch.randint(len(samples), (how.batch // how.together,), generator=chance)
+        drawn = [_drawn(samples[n], how.together, chance) for n in chosen]
         inputs, given, share = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        left_out = torch.tensor([sample.exam % how.members for sample in chosen]).repeat_interleave(how.together)
+        left_out = (chosen % how.members).repeat_interleave(how.together)
         learned = (left_out != torch.arange(how.members)[:, None]).float()
         found = network(inputs) + given
         loss = F.binary_cross_entropy_with_logits(found, share.expand_as(found), learned, reduction="sum")
@@ -316,23 +321,20 @@ def learn(samples: list[Sample], how: Classifying) -> tuple[VoxelClassifier, flo
         (loss / (how.batch - how.batch / how.members)).backward()
         optimiser.step()
     network.requires_grad_(False)
-    scores = np.mean([_scores(network, sample) for sample in samples], axis=0)
+    alone = np.mean([sample.scores(sample.seen.odds.float().numpy()) for sample in samples], axis=0)
+    added = (_added(network, sample.seen)[n % how.members] for n, sample in enumerate(samples))
+    pairs = zip(samples, added, strict=True)
+    scores = np.mean([sample.scores(_odds(sample.seen, more)) for sample, more in pairs], axis=0)
     best = np.unravel_index(scores.argmax(), scores.shape)
     network.hu.copy_(torch.tensor(HU_WEIGHTS[best[0]]))
     network.level.copy_(LEVELS[best[1]])
-    return network, float(scores[best])
+    return network, float(alone.max()), float(scores.max())
 
 
 def _drawn(sample: Sample, count: int, chance: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Some points of a sample: what is seen of them, the odds of the mask, and what was drawn."""
     rows = torch.randint(len(sample.share), (count,), generator=chance)
     return sample.seen.inputs(rows), sample.seen.given(rows), sample.share[rows].float()
-
-
-def _scores(network: VoxelClassifier, sample: Sample) -> Float[np.ndarray, "weight level"]:
-    """Dice of a sample with each of `HU_WEIGHTS`, at each of `LEVELS`, by the member that did not learn from it."""
-    odds = _odds(sample.seen, _added(network, sample.seen)[sample.exam % network.members])
-    return np.stack([sample.dice(odds, hu, LEVELS.numpy()) for hu in HU_WEIGHTS])
 
 
 AT_ONCE = 16_384
@@ -347,7 +349,7 @@ def _added(network: VoxelClassifier, seen: Surroundings) -> Float[Tensor, "membe
 
 def _odds(seen: Surroundings, added: Float[Tensor, "point"]) -> Float[np.ndarray, "i j k"]:
     odds = seen.odds.float()
-    odds[tuple(seen.points.T)] += added
+    odds[tuple(seen.points.long().T)] += added
     return odds.numpy()
 
 
@@ -362,5 +364,5 @@ def likely(
     voxels = voxels_of(structure, exam, embedded, seen)
     odds = _odds(seen, _added(network, seen).mean(dim=0))
     found = np.zeros(voxels.near.shape, dtype=np.float32)
-    found[voxels.near] = 1 / (1 + np.exp(-_read(odds, voxels.index) - float(network.hu) * voxels.moved))
+    found[voxels.near] = special.expit(_read(odds, voxels.index) + float(network.hu) * voxels.moved)
     return voxels.block, found

@@ -311,6 +311,11 @@ class Classifying:
     decay: float = 0.01
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Each exam needs a member that leaves it out, and each step an exam."""
+        if self.members < 2 or not 0 < self.together <= self.batch:
+            raise ValueError(f"expected 2 members or more and steps of at least one exam, got {self}")
+
 
 PAPER = Preset(
     name="paper",

@@ -92,8 +92,8 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
 def redrawn_by_classifiers(model: Model, exam: Volume, embedded: Embedded, found: dict[str, Found]) -> dict[str, Found]:
     """Answers of the map with masks by the voxel classifiers of structures that have one (`deepatlas.classifier`).
 
-    A voxel goes to the structure that exceeds its level most, and
-    the others keep what is left. Absence, empty masks and confidence are as in `redrawn_by_head`.
+    Of these a voxel goes to the one that exceeds its level most; the others keep what is left. Absence, empty masks and
+    confidence are as in `redrawn_by_head`.
     """
     owner, most = np.full(exam.shape, -1, dtype=np.int16), np.zeros(exam.shape, dtype=np.float32)
     chance, everywhere = most.copy(), {}
@@ -108,8 +108,9 @@ def redrawn_by_classifiers(model: Model, exam: Volume, embedded: Embedded, found
         everywhere[name] = float(likely.sum())
     if not everywhere:
         return found
-    counts = np.bincount(owner.ravel() + 1, minlength=len(found) + 1)[1:]
-    own = np.bincount(owner.ravel() + 1, chance.ravel(), len(found) + 1)[1:]
+    owned = owner >= 0
+    counts = np.bincount(owner[owned], minlength=len(found))
+    own = np.bincount(owner[owned], chance[owned], len(found))
     numbers = {name: number for number, name in enumerate(found)}
     drawn = [_Drawn(name, int(counts[n := numbers[name]]), float(own[n]), total) for name, total in everywhere.items()]
     return _above_the_maps(model, exam, embedded, found, owner, drawn)

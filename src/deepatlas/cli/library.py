@@ -66,6 +66,9 @@ def define(
         kept = "kept" if look.structure.classifier else "not kept"
         scores = f"Dice {look.learned:.3f} by its look, {look.alone:.3f} by the map alone"
         typer.echo(f"{look.structure.name}: {scores}: {kept}.")
+    looks = {name for name, one in base.structures.items() if one.classifier is not None}
+    if lost := sorted(name for name in looks if made.model.structures[name].classifier is None):
+        typer.echo(f"Drawn by the mask again, the look was that of the old drawing: {', '.join(lost)}.")
     if again := sorted(base.fine_tuned - made.model.fine_tuned):
         typer.echo(f"Drawn by the map again, the head had learned the old drawing: {', '.join(again)}.")
     if made.undrawn:
