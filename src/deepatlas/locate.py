@@ -191,6 +191,7 @@ def locate(
     wanted = [model.structure(name) for name in (model.structures if structures is None else structures)]
     embedded = embedded or settled(model, exam, embed(model, exam))
     alike = likeness_of(model, embedded)
+    embedded = embedded._replace(alike=alike)
     known = alike.of_exam() >= model.familiar
     coverages = [reached if known else 0.0 for reached in _coverages(wanted, embedded)]
     # an exam unlike any that was learned has coordinates without meaning
