@@ -2,8 +2,7 @@
 
 A region of a model (`deepatlas.regions`) is cut out of every exam (`Cutter`), a finer model is trained on the crops
 (`deepatlas.pretrain`, from the model above), and lies in the folder ``finer/NAME`` of the model above. Its atlas is the
-cube. `locate` hands each structure to the finest model that holds it, but for those
-whose look the model above has learned.
+cube. `locate` hands each structure to the finest model that holds it, but for those whose look the model above learned.
 
 Source: §5.2.4, figure 6; up to two serial crops.
 """
