@@ -89,8 +89,20 @@ def test_half_precision_is_half_the_size_and_within_a_thousandth(model, folder, 
         assert states(back)[name].dtype == torch.float32
     sizes = [(path / "weights.safetensors").stat().st_size for path in (tmp_path / "half", folder)]
     assert sizes[0] < 0.65 * sizes[1]
+    torch.testing.assert_close(back.atlas, model.atlas, atol=0.5 / 255 + 1e-6, rtol=0)
+    assert back.atlas.dtype == torch.float32
     image = torch.rand(1, 1, 8, 8, 8)
     assert (back.network(image, 0) - model.network(image, 0)).abs().max() < 5e-3
+
+
+def test_weights_are_no_bytes(folder):
+    def spoil(tensors):
+        name = next(key for key in tensors if key.startswith("network."))
+        tensors[name] = tensors[name].to(torch.uint8)
+
+    resave(folder, spoil)
+    with pytest.raises(ModelError, match="whole numbers"):
+        load(folder)
 
 
 def test_a_model_without_structures_and_a_library_that_changes(model, folder):

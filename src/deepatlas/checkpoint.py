@@ -5,7 +5,7 @@ A model folder, format version 1:
 ===========================  ===============================================================================
 ``model.json``               format, version, sizes, preparation, seed exam, structures (name, label, level...),
                              regions, landmarks
-``weights.safetensors``      network, autoencoder and atlas; half or single precision
+``weights.safetensors``      network, autoencoder and atlas; half or single precision, the atlas also in bytes
 ``structures.safetensors``   one soft mask per structure
 ``classifiers.safetensors``  the voxel classifiers of structures that have one (`deepatlas.classifier`)
 ``head.safetensors``         of a fine-tuned model: the segmentation head with its backbone (`deepatlas.finetune`)
@@ -118,13 +118,14 @@ class Model:
 
 
 def save(model: Model, folder: Path, half: bool = False) -> None:
-    """Write a model folder. ``half`` stores the weights in half precision (for shipping)."""
+    """Write a model folder. ``half`` stores the weights in half precision and the atlas in 255 steps, which are 2 HU
+    (for shipping)."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"network.{k}": v for k, v in model.network.state_dict().items()}
-    tensors |= {f"autoencoder.{k}": v for k, v in model.autoencoder.state_dict().items()}
-    tensors["atlas"] = model.atlas
     kind = torch.float16 if half else torch.float32
-    write_tensors(folder / "weights.safetensors", {k: v.to(kind) for k, v in tensors.items()})
+    tensors = {f"network.{k}": v.to(kind) for k, v in model.network.state_dict().items()}
+    tensors |= {f"autoencoder.{k}": v.to(kind) for k, v in model.autoencoder.state_dict().items()}
+    tensors["atlas"] = (255 * model.atlas).round().clamp(0, 255).to(torch.uint8) if half else model.atlas.to(kind)
+    write_tensors(folder / "weights.safetensors", tensors)
     if model.head is not None:
         write_tensors(folder / HEAD, {k: v.to(kind) for k, v in model.head.state_dict().items()})
     for name, finer in model.finer.items():
@@ -209,7 +210,11 @@ def load(folder: Path) -> Model:
         shapes = {f"network.{k}": tuple(v.shape) for k, v in network.state_dict().items()}
         shapes |= {f"autoencoder.{k}": tuple(v.shape) for k, v in autoencoder.state_dict().items()}
         shapes["atlas"] = (1, 1, size, size, size)
-        tensors = read_tensors(folder / "weights.safetensors", shapes, {"F16", "F32"})
+        tensors = read_tensors(folder / "weights.safetensors", shapes, {"F16", "F32", "U8"})
+        if tensors["atlas"].dtype == torch.uint8:
+            tensors["atlas"] = tensors["atlas"].float() / 255
+        if whole := [k for k, v in tensors.items() if not v.is_floating_point()]:
+            raise ValueError(f"{whole[0]} in whole numbers")
         tensors = {k: v.float() for k, v in tensors.items()}
         network.load_state_dict(under(tensors, "network."), assign=True)
         autoencoder.load_state_dict(under(tensors, "autoencoder."), assign=True)
