@@ -35,7 +35,7 @@ def define(
     ] = None,
     refined: RefineOption = False,
     learn: Annotated[
-        bool, typer.Option("--learn", help="Learn also how structures look that ten exams or more show: minutes each.")
+        bool, typer.Option("--learn", help="Learn also how structures look that ten exams or more show: a minute each.")
     ] = False,
 ) -> None:
     """Store structures in a model's library, from one labelled exam or from several.
