@@ -179,13 +179,19 @@ def test_an_exam_that_does_not_show_the_cube_is_answered_by_the_wide_model(wide,
     assert (found["inner"].status, found["outer"].status) == ("absent", "cut_off")
 
 
-def test_defining_teaches_finer_models_what_they_hold(wide, known_maps, tmp_path):
+def written(folder, *names):
+    """The exam and its label map under each of the names, as `define_files` takes them."""
     volume, labels = exam()
-    for folder in ("images", "labels"):
-        (tmp_path / folder).mkdir()
-    files.write_image(tmp_path / "images" / "one.nii.gz", volume.array, volume)
-    files.write_labels(tmp_path / "labels" / "one.nii.gz", labels.array, volume)
-    made = library.define_files(wide, tmp_path / "images", tmp_path / "labels", NAMES).model
+    for part in ("images", "labels"):
+        (folder / part).mkdir()
+    for name in names:
+        files.write_image(folder / "images" / f"{name}.nii.gz", volume.array, volume)
+        files.write_labels(folder / "labels" / f"{name}.nii.gz", labels.array, volume)
+    return folder / "images", folder / "labels", NAMES
+
+
+def test_defining_teaches_finer_models_what_they_hold(wide, known_maps, tmp_path):
+    made = library.define_files(wide, *written(tmp_path, "one")).model
     assert list(made.structures) == ["inner", "outer"]
     assert list(made.finer["core"].structures) == ["inner"]
     checkpoint.save(made, tmp_path / "model")
@@ -198,12 +204,7 @@ def test_defining_teaches_finer_models_what_they_hold(wide, known_maps, tmp_path
 
 
 def test_looks_are_learned_of_the_widest_model(wide, known_maps, tmp_path, monkeypatch):
-    volume, labels = exam()
-    for folder in ("images", "labels"):
-        (tmp_path / folder).mkdir()
-    for number in range(3):
-        files.write_image(tmp_path / "images" / f"{number}.nii.gz", volume.array, volume)
-        files.write_labels(tmp_path / "labels" / f"{number}.nii.gz", labels.array, volume)
+    volume, _ = exam()
     given, counted = [], []
 
     def instead(structures, labelled, how=None, on_done=None):
@@ -212,7 +213,7 @@ def test_looks_are_learned_of_the_widest_model(wide, known_maps, tmp_path, monke
         return [Taught(replace(one, classifier=VoxelClassifier(1, 4)), 3, 0.5, 0.6) for one in structures[:1]]
 
     monkeypatch.setattr(classifier, "taught", instead)
-    arguments = (wide, tmp_path / "images", tmp_path / "labels", NAMES)
+    arguments = (wide, *written(tmp_path, "0", "1", "2"))
     made = library.define_files(*arguments, learn=True, on_done=lambda *at: counted.append(at))
     ((names, seen),) = given
     assert (names, len(seen)) == (["inner", "outer"], 3)
@@ -225,6 +226,26 @@ def test_looks_are_learned_of_the_widest_model(wide, known_maps, tmp_path, monke
     again = library.define_files(*arguments)  # a structure that is made anew has no look
     assert again.looks == []
     assert all(one.classifier is None for one in again.model.structures.values())
+
+
+@pytest.mark.parametrize(("gone", "used"), [(2, {"core": 2, "look": 3}), (3, {"core": 3, "look": 2})])
+def test_an_exam_that_cannot_be_read_again_is_noted(wide, known_maps, tmp_path, monkeypatch, gone, used):
+    """Exams are read for the masks, once more for the finer model, and once more for the looks."""
+    read, times, looks = files.read_exam, [], []
+
+    def instead(path):
+        times.append(path.name)
+        if path.name == "1.nii.gz" and times.count(path.name) == gone:
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(files, "read_exam", instead)
+    monkeypatch.setattr(classifier, "taught", lambda known, labelled, **_: looks.extend(labelled) or [])
+    made = library.define_files(wide, *written(tmp_path, "0", "1", "2"), learn=True)
+    assert list(made.failed) == ["1"]
+    assert "memory" in made.failed["1"]
+    assert {name: one.exams for name, one in made.model.structures.items()} == {"inner": 3, "outer": 3}
+    assert {"core": made.model.finer["core"].structures["inner"].exams, "look": len(looks)} == used
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +213,34 @@ def test_what_is_learned_is_drawn(model, labelled):
     assert dice(found.mask, labels.array > 0) > 0.93
     assert (found.status, found.label, found.coverage) == ("present", 1, by_map.coverage)
     np.testing.assert_allclose(found.centroid_mm, CENTRE + np.array([-3, -6, 4]), atol=1)
+
+
+def test_each_structure_learns_from_the_exams_that_show_it(model, labelled, monkeypatch):
+    """What is learned from waits on disk, and nothing of it is left there."""
+    ball = model.structures["ball"]
+    both = [ball, replace(ball, name="second", label=2)]
+    maps = [
+        (exam, Volume(labels.array * (2 if number == 3 else 1), labels.affine), exact(model, exam))
+        for number, (exam, labels) in enumerate(labelled)
+    ]
+    folders, learned_from = [], []
+    temporary = classifier.tempfile.TemporaryDirectory
+
+    def folder():
+        folders.append(temporary())
+        return folders[-1]
+
+    def instead(samples, how):
+        learned_from.append([sample.drawn for sample in samples])
+        return VoxelClassifier(1, 4), 0.5, 0.6
+
+    monkeypatch.setattr(classifier.tempfile, "TemporaryDirectory", folder)
+    monkeypatch.setattr(classifier, "learn", instead)
+    made = taught(both, maps, replace(QUICK, least_exams=1))
+    assert [(one.structure.name, one.exams) for one in made] == [("ball", 7), ("second", 1)]
+    drawn = [int((labels.array > 0).sum()) for _, labels in labelled]
+    assert learned_from == [drawn[:3] + drawn[4:], drawn[3:4]]
+    assert not any(Path(one.name).exists() for one in folders)
 
 
 def drawing(**radii: float):

@@ -11,8 +11,11 @@ from it: so the level of the structure is chosen, and whether the classifier is 
 Source: ours; auto-context (Tu and Bai 2010), where classifiers of voxels are given the odds of an earlier answer.
 """
 
-from collections.abc import Callable, Iterable
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +28,7 @@ from torch import Tensor
 from deepatlas import grid, tissue
 from deepatlas.atlas import LEVELS, SUREST, Structure
 from deepatlas.config import Classifying
-from deepatlas.embedding import IN_VIEW, Embedded
+from deepatlas.embedding import Embedded
 from deepatlas.networks import VoxelClassifier
 from deepatlas.prepare import sample_mm
 from deepatlas.volume import Volume, apply, corners_mm, planes_mm
@@ -118,17 +121,11 @@ def surroundings(structure: Structure, exam: Volume, embedded: Embedded) -> Surr
     box = torch.from_numpy(np.moveaxis(box, -1, 0).astype(np.float32))[None]
     c_atlas = grid.sample(embedded.c_atlas, box)
     member = structure.membership(c_atlas)[0, 0]
-    seen = _in_patient(box, embedded)
+    seen = embedded.shows(box)
     points = ((member > NEAR) & seen)[(slice(MARGIN, -MARGIN),) * 3].nonzero() + MARGIN
     own_box = structure.to_own_box(c_atlas)[0][:, *points.T].T
     odds = torch.logit(member.clamp(SUREST, 1 - SUREST))
     return Surroundings(affine, near.half(), _smoothed(near).half(), odds.half(), points.short(), own_box)
-
-
-def _in_patient(box: Float[Tensor, "1 3 *points"], embedded: Embedded) -> Bool[Tensor, "*points"]:
-    """Whether points of the prepared box lie in the patient; its outermost voxels reach beyond their middle."""
-    within = (box.abs() <= 1 + 2 / (embedded.prepared.size - 1)).all(dim=1, keepdim=True)
-    return (within & (grid.sample(embedded.foreground.float(), box) > IN_VIEW))[0, 0]
 
 
 def _hu(exam: Volume, affine: np.ndarray, shape: tuple[int, int, int]) -> Float[np.ndarray, "i j k"]:
@@ -175,7 +172,7 @@ def voxels_of(structure: Structure, exam: Volume, embedded: Embedded, seen: Surr
     index = apply(to_grid, np.argwhere(near))
     box = apply(np.linalg.inv(embedded.prepared.box_to_mm) @ seen.affine, index)
     box = torch.from_numpy(box.T.astype(np.float32))[None]
-    view = _in_patient(box, embedded)
+    view = embedded.shows(box)
     near[near] = view.numpy()
     index, box = index[view.numpy()].T.astype(np.float32), box[:, :, view]
     if structure.tissue is None:
@@ -272,27 +269,38 @@ def taught(
 ) -> list[Taught]:
     """Learn how structures look, of those that enough exams show.
 
+    What is learned from waits in a temporary folder, one file for each structure: only one of them is held in memory.
+
     Args:
         structures: of one model, made from these exams.
         labelled: the exams, their label maps and their coordinates.
         on_done: called after each structure as `on_done(done, total, name)`.
     """
-    how, structures = how or Classifying(), list(structures)
-    samples: dict[str, list[Sample]] = {one.name: [] for one in structures}
-    for exam, labels, embedded in labelled:
-        for one in structures:
-            sample = Sample.of(one, exam, labels, embedded)
-            samples[one.name] += [] if sample is None else [sample]
-    result = []
-    for done, one in enumerate(structures, start=1):
-        own = samples.pop(one.name)
-        if len(own) >= how.least_exams:
-            network, alone, learned = learn(own, how)
-            better = replace(one, classifier=network) if learned > alone else one
-            result.append(Taught(better, len(own), alone, learned))
-        if on_done is not None:
-            on_done(done, len(structures), one.name)
+    how, structures, result = how or Classifying(), list(structures), []
+    with tempfile.TemporaryDirectory() as folder:
+        waiting = [Path(folder, str(number)) for number in range(len(structures))]
+        for exam, labels, embedded in labelled:
+            for one, path in zip(structures, waiting, strict=True):
+                if (sample := Sample.of(one, exam, labels, embedded)) is not None:
+                    with path.open("ab") as file:
+                        pickle.dump(sample, file)
+        for done, (one, path) in enumerate(zip(structures, waiting, strict=True), start=1):
+            own = list(_waiting(path))
+            if len(own) >= how.least_exams:
+                network, alone, learned = learn(own, how)
+                better = replace(one, classifier=network) if learned > alone else one
+                result.append(Taught(better, len(own), alone, learned))
+            if on_done is not None:
+                on_done(done, len(structures), one.name)
     return result
+
+
+def _waiting(path: Path) -> Iterator[Sample]:
+    """What `taught` wrote to a file of its own."""
+    path.touch()
+    with path.open("rb") as file:
+        while file.peek(1):
+            yield pickle.load(file)
 
 
 def learn(samples: list[Sample], how: Classifying) -> tuple[VoxelClassifier, float, float]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deepatlas import grid
@@ -50,6 +51,11 @@ class Embedded(NamedTuple):
     def foreground(self) -> Tensor:
         """(1, 1, n, n, n) bool."""
         return torch.from_numpy(self.prepared.foreground)[None, None]
+
+    def shows(self, points_box: Float[Tensor, "1 3 *points"]) -> Bool[Tensor, "*points"]:
+        """Whether places lie in the patient; the outermost voxels of the prepared box reach beyond their middle."""
+        within = (points_box.abs() <= 1 + 2 / (self.prepared.size - 1)).all(dim=1, keepdim=True)
+        return (within & (grid.sample(self.foreground.float(), points_box) > IN_VIEW))[0, 0]
 
 
 def embed(model: Model, exam: Volume) -> Embedded:

@@ -95,28 +95,41 @@ def define_files(
     present = {name: number for name, number in names.items() if name not in undrawn}
     made = define(model, labelled(), present, embedded=_in_order(maps))
     usable = {path: one for path, one in read.items() if files.exam_name(path) not in failed}
-    made = _taught([made], usable, present, refined)
+    made = _in_finer_models([made], usable, present, refined, failed)
     looks: list[Taught] = []
     if learn:
-        again = _labelled(made, usable, refined, on_done)
+        again = _read_again([made], usable, refined, failed, on_done)
         looks = classifier.taught([made.structures[name] for name in present], again, on_done=on_done)
         made = made.with_structures(*(one.structure for one in looks))
     return Defined(made, list(present), undrawn, failed, looks)
 
 
-def _labelled(
-    model: Model, labels: dict[Path, Volume], refined: bool, on_done: Callable[[int, int, str], None] | None
+def _read_again(
+    models: list[Model],
+    labels: dict[Path, Volume],
+    refined: bool,
+    failed: dict[str, str],
+    on_done: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[tuple[Volume, Volume, Embedded]]:
-    """Exams, their label maps and their coordinates."""
+    """Exams that were read before, their label maps and their coordinates by the last of models, each within the one
+    before it. What does not show its cube is passed over, what cannot be read any more is noted."""
     for done, (path, drawn) in enumerate(labels.items(), start=1):
-        exam = files.read_exam(path)
-        embedded = embed(model, exam)
-        yield exam, drawn, refine(model, exam, embedded) if refined else embedded
+        try:
+            exam = files.read_exam(path)
+            top = embed(models[0], exam)
+            embedded = cascade.embed_by(models, exam, refine(models[0], exam, top) if refined else top)
+        except (DeepAtlasError, MemoryError) as error:
+            failed[files.exam_name(path)] = reason(error, path)
+            embedded = None
+        if embedded is not None:
+            yield exam, drawn, embedded
         if on_done is not None:
             on_done(done, len(labels), files.exam_name(path))
 
 
-def _taught(models: list[Model], labels: dict[Path, Volume], names: dict[str, int], refined: bool) -> Model:
+def _in_finer_models(
+    models: list[Model], labels: dict[Path, Volume], names: dict[str, int], refined: bool, failed: dict[str, str]
+) -> Model:
     """The last of models, each within the one before it, with structures made anew in the finer models whose cubes
     they lie in."""
     model, finer = models[-1], {}
@@ -125,19 +138,16 @@ def _taught(models: list[Model], labels: dict[Path, Volume], names: dict[str, in
         maps: list[Embedded] = []
 
         def labelled(one: Model = one, maps: list[Embedded] = maps) -> Iterator[tuple[Volume, Volume]]:
-            for path, drawn in labels.items():
-                exam = files.read_exam(path)
-                top = embed(models[0], exam)
-                seen = cascade.embed_by([*models, one], exam, refine(models[0], exam, top) if refined else top)
-                if seen is not None:
-                    maps.append(seen)
-                    yield exam, drawn
+            for exam, drawn, embedded in _read_again([*models, one], labels, refined, failed):
+                maps.append(embedded)
+                yield exam, drawn
 
         for name in set(names) & set(one.structures):
             one = one.without(name)
         if within:
             one = define(one, labelled(), within, embedded=_in_order(maps), required=False)
-        finer[key] = _taught([*models, one], labels, {n: within[n] for n in within if n in one.structures}, refined)
+        known = {n: within[n] for n in within if n in one.structures}
+        finer[key] = _in_finer_models([*models, one], labels, known, refined, failed)
     return replace(model, finer=finer)
 
 

@@ -300,8 +300,7 @@ def owners_reference(structures: list[Structure], embedded: Embedded, exam: Volu
     parts = [np.multiply.outer(linear[:, a], axes[a]) for a in range(3)]
     box = parts[0][:, :, None, None] + parts[1][:, None, :, None] + parts[2][:, None, None, :]
     box = torch.from_numpy((box + offset[:, None, None, None]).astype(np.float32))[None]
-    in_view = (box.abs() <= 1 + 2 / (embedded.prepared.size - 1)).all(dim=1, keepdim=True)
-    in_view &= grid.sample(embedded.foreground.float(), box) > IN_VIEW
+    in_view = embedded.shows(box)
     around = grid.sample(torch.from_numpy(embedded.prepared.hu)[None, None], box)[:, 0].numpy()
     owner = torch.full(box.shape[2:], -1, dtype=torch.int16)
     height = torch.zeros(box.shape[2:])

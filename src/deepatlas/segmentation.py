@@ -19,7 +19,7 @@ from deepatlas import affine, atlas, classifier, grid, tissue
 from deepatlas.atlas import Structure
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
-from deepatlas.embedding import IN_VIEW, Embedded, likeness_of
+from deepatlas.embedding import Embedded, likeness_of
 from deepatlas.found import Found, redrawn
 from deepatlas.prepare import Prepared, prepare_cube
 from deepatlas.shapes import Image
@@ -69,7 +69,7 @@ def redrawn_by_head(model: Model, exam: Volume, embedded: Embedded, found: dict[
     counts, sums = np.zeros(len(names), dtype=np.int64), np.zeros((len(names), 2))
     numbers = np.array([list(found).index(name) for name in names], dtype=np.int16)
     for block, box in blocks(embedded, exam):
-        inside = (grid.inside(box) & (grid.sample(embedded.foreground.float(), box) > IN_VIEW))[0, 0]
+        inside = embedded.shows(box)
         at = grid.sample(likely, box[:, :, inside])[0]
         near = at.amax(dim=0) > NEAR
         inside[inside.clone()] = near
