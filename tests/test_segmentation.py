@@ -79,6 +79,17 @@ def test_what_the_map_calls_absent_is_not_drawn(model, monkeypatch):
     assert (found["ball"].status, found["ball"].mask) == ("absent", None)
 
 
+def test_the_head_draws_to_the_end_of_a_cut_exam(model, monkeypatch):
+    cut, _ = scan((2, 2, 2.5), high=(130, 80, CENTRE[2] + 1))
+    monkeypatch.setattr(
+        segmentation, "probabilities", lambda *_: torch.tensor([0.9, 0.1]).expand(1, 24, 24, 24, 2).movedim(-1, 1)
+    )
+    by_map = locate(replace(model, segmented={}), cut)["ball"].mask
+    found = locate(model, cut)["ball"].mask
+    for last in (-1, -2, -3):
+        assert (found & by_map)[..., last].sum() == by_map[..., last].sum() > 0
+
+
 def test_the_head_is_given_the_odds_of_the_map(model, exam):
     locate(model, exam[0])
     where = grid.identity((24,) * 3, torch.float64)[0].flatten(1).T.numpy()
