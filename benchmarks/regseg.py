@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepatlas import common_grid, files, regseg
+from deepatlas import common_grid, files, regseg, regseg_scores
 from deepatlas.config import RegSeg
 from deepatlas.loop import Progress
 from deepatlas.metrics import paired_difference
@@ -57,7 +57,7 @@ def read() -> Data:
     cases = common_grid.cases_of(train, {name: labels[name] for name in train}, frame, tuple(classes.values()))
     cases, laid = common_grid.laid_together(cases)
     exams = {name: (volumes[name], labels[name]) for name in volumes}
-    return Data(exams, cases, frame, classes, validation, regseg.read_pairs(PAIRS), laid)
+    return Data(exams, cases, frame, classes, validation, regseg_scores.read_pairs(PAIRS), laid)
 
 
 def choices(data: Data, count: int, times: int = CHOICES) -> list[list[int]]:
@@ -119,15 +119,15 @@ class Bench:
         """Segmentation of the validation exams, the listed pairs, and the first labelled exam onto all others."""
         exams = {exam: self.data.exams[exam] for exam in self.data.validation}
         if "registration" not in HAS[arm]:
-            return regseg.scores(model, exams, [])
+            return regseg_scores.scores(model, exams, [])
         kept = self.work / f"scores-{arm}.json"  # the same for every choice of labels
         if arm == "registration_alone" and kept.exists():
             about = json.loads(kept.read_text(encoding="utf-8"))
         else:
-            about = regseg.scores(model, exams, self.data.pairs)
+            about = regseg_scores.scores(model, exams, self.data.pairs)
             kept.write_text(json.dumps(about), encoding="utf-8")
         labelled_exam = self.data.exams[self.data.cases.names[labelled[0]]]
-        laid = [regseg.score_registration(model, exam, labelled_exam) for exam in exams.values()]
+        laid = [regseg_scores.score_registration(model, exam, labelled_exam) for exam in exams.values()]
         return about | {"from_labelled": float(np.mean([one.mean for one in laid]))}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from benchmarks import regseg as comparison
 
-from deepatlas import common_grid, regseg
+from deepatlas import common_grid, regseg, regseg_scores
 from deepatlas.config import RegSeg
 from deepatlas.errors import ModelError
 from deepatlas.volume import Volume
@@ -31,7 +31,7 @@ def data():
     cases = common_grid.cases_of(volumes, labels, frame, tuple(CLASSES.values()))
     cases, laid = common_grid.laid_together(cases)
     unseen = list(exams)[4:]
-    return comparison.Data(exams, cases, frame, CLASSES, unseen, regseg.random_pairs(unseen, 2), laid)
+    return comparison.Data(exams, cases, frame, CLASSES, unseen, regseg_scores.random_pairs(unseen, 2), laid)
 
 
 def test_every_arm_is_trained_and_scored(data, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepatlas import checkpoint, common_grid, grid, loop, losses, regseg, transforms
+from deepatlas import checkpoint, common_grid, grid, loop, losses, regseg, regseg_scores, transforms
 from deepatlas.common_grid import Frame
 from deepatlas.config import Augmentation, RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
@@ -458,21 +458,21 @@ def test_a_registration_is_scored_by_the_labels_it_carries():
     fixed, moving = pictured(), pictured((1, 0, 2), stored="ILA")
     upright = pictured((1, 0, 2))[1].array
     right, wrong, none = (model_of(FRAME, shift) for shift in ((1.0, 0, 2), (-1.0, 0, -2), (0.0, 0, 0)))
-    found = regseg.score_registration(right, fixed, moving)
+    found = regseg_scores.score_registration(right, fixed, moving)
     assert (found.dice, found.mean, found.folded) == ({"ball": 1.0, "core": 1.0}, 1.0, 0.0)
-    still = regseg.score_registration(none, fixed, moving)
+    still = regseg_scores.score_registration(none, fixed, moving)
     for name, number in (("ball", 3), ("core", 17)):
         assert still.dice[name] == pytest.approx(dice(fixed[1].array == number, upright == number))
     assert still.mean == pytest.approx(np.mean(list(still.dice.values())))
-    assert regseg.score_registration(wrong, fixed, moving).mean < still.mean < 1
+    assert regseg_scores.score_registration(wrong, fixed, moving).mean < still.mean < 1
     known_map = regseg.register(right, fixed[0], moving[0])
-    assert regseg.score_registration(none, fixed, moving, known_map).mean == 1
+    assert regseg_scores.score_registration(none, fixed, moving, known_map).mean == 1
 
 
 def test_a_segmentation_is_scored_class_by_class():
     image, labels = pictured()
-    assert regseg.score_segmentation(model_of(FRAME), image, labels).dice == {"ball": 1.0, "core": 1.0}
-    dull = regseg.score_segmentation(model_of(FRAME, limits=(0.4, 2.0)), image, labels)  # core is taken for ball
+    assert regseg_scores.score_segmentation(model_of(FRAME), image, labels).dice == {"ball": 1.0, "core": 1.0}
+    dull = regseg_scores.score_segmentation(model_of(FRAME, limits=(0.4, 2.0)), image, labels)  # core is taken for ball
     both = [np.count_nonzero(labels.array == number) for number in (3, 17)]
     assert dull.dice["ball"] == pytest.approx(2 * both[0] / (2 * both[0] + both[1]))
     assert dull.dice["core"] == 0
@@ -482,14 +482,14 @@ def test_the_scores_of_many_are_means_and_json():
     exams = {"a": pictured(), "b": pictured((1, 0, 0)), "c": pictured((0, 0, 1))}
     pairs, told = [("a", "b"), ("b", "a"), ("c", "a")], []
     model = model_of(FRAME, limits=(0.4, 2.0))
-    found = regseg.scores(model, exams, pairs, lambda *said: told.append(said))
+    found = regseg_scores.scores(model, exams, pairs, lambda *said: told.append(said))
     json.dumps(found, allow_nan=False)
     assert [said[:2] for said in told] == [(n, 6) for n in range(1, 7)]
-    each = [regseg.score_segmentation(model, *exams[name]) for name in "abc"]
+    each = [regseg_scores.score_segmentation(model, *exams[name]) for name in "abc"]
     assert found["segmentation"]["mean"] == pytest.approx(np.mean([one.mean for one in each]))
     assert found["segmentation"]["classes"]["ball"] == pytest.approx(np.mean([one.dice["ball"] for one in each]))
     assert set(found["segmentation"]["exams"]) == {"a", "b", "c"}
-    laid = [regseg.score_registration(model, exams[fixed], exams[moving]) for moving, fixed in pairs]
+    laid = [regseg_scores.score_registration(model, exams[fixed], exams[moving]) for moving, fixed in pairs]
     assert found["registration"]["mean"] == pytest.approx(np.mean([one.mean for one in laid]))
     assert found["registration"]["low"] <= found["registration"]["mean"] <= found["registration"]["high"]
     assert found["registration"]["folded"] == 0
@@ -500,7 +500,7 @@ def test_the_scores_of_many_are_means_and_json():
 
 @pytest.mark.parametrize("pairs", [[], [("a", "a")]])
 def test_the_scores_of_few_are_json_too(pairs):
-    found = regseg.scores(model_of(FRAME), {"a": pictured()}, pairs)
+    found = regseg_scores.scores(model_of(FRAME), {"a": pictured()}, pairs)
     json.dumps(found, allow_nan=False)
     assert found["segmentation"]["mean"] == 1
     assert len(found["registration"]["pairs"]) == len(pairs)
@@ -511,31 +511,31 @@ def test_a_class_that_nobody_holds_has_no_score():
     halves = Volume(np.where(labels.array == 17, 0, labels.array).astype(np.uint16), labels.affine)
     exams = {name: (Volume(np.minimum(image.array, 0.6), image.affine), halves) for name in "ab"}
     exams["b"] = (exams["b"][0], Volume(0 * halves.array, halves.affine))
-    found = regseg.scores(model_of(FRAME), exams, [("a", "a"), ("a", "b")])
+    found = regseg_scores.scores(model_of(FRAME), exams, [("a", "a"), ("a", "b")])
     json.dumps(found, allow_nan=False)
     assert found["segmentation"]["exams"]["a"]["core"] is None
     assert found["segmentation"]["classes"]["core"] is None
     assert found["segmentation"]["classes"]["ball"] == pytest.approx(found["segmentation"]["mean"])
     nothing = {"a": (Volume(np.minimum(image.array, 0.3), image.affine), Volume(0 * halves.array, halves.affine))}
-    json.dumps(regseg.scores(model_of(FRAME), nothing, [("a", "a")]), allow_nan=False)
+    json.dumps(regseg_scores.scores(model_of(FRAME), nothing, [("a", "a")]), allow_nan=False)
 
 
 def test_random_pairs_are_different_exams_and_no_pair_comes_twice():
     names = list("abcde")
-    every = regseg.random_pairs(names, 1000)
+    every = regseg_scores.random_pairs(names, 1000)
     assert len(every) == len(set(every)) == 20
     assert all(moving != fixed for moving, fixed in every)
-    some = regseg.random_pairs(names, 7, seed=1)
+    some = regseg_scores.random_pairs(names, 7, seed=1)
     assert len(set(some)) == 7
-    assert some == regseg.random_pairs(names, 7, seed=1) != regseg.random_pairs(names, 7, seed=2)
+    assert some == regseg_scores.random_pairs(names, 7, seed=1) != regseg_scores.random_pairs(names, 7, seed=2)
     with pytest.raises(ExamError, match="at least 2"):
-        regseg.random_pairs(["a"], 3)
+        regseg_scores.random_pairs(["a"], 3)
 
 
 def test_pairs_are_read_by_the_names_of_the_columns(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("fixed,moving,why\na,b,because\nc,a,\n")
-    assert regseg.read_pairs(path) == [("b", "a"), ("a", "c")]
+    assert regseg_scores.read_pairs(path) == [("b", "a"), ("a", "c")]
 
 
 @pytest.mark.parametrize("text", ["one,two\na,b\n", "a,b\nc,d\n", "moving,fixed\na\n", "moving\na\n", "", "one,two\n"])
@@ -543,9 +543,9 @@ def test_a_table_that_is_none_of_pairs_is_refused(tmp_path, text):
     path = tmp_path / "pairs.csv"
     path.write_text(text)
     with pytest.raises(ExamError, match="moving,fixed"):
-        regseg.read_pairs(path)
+        regseg_scores.read_pairs(path)
     with pytest.raises(ExamError, match="moving,fixed"):
-        regseg.read_pairs(tmp_path / "none.csv")
+        regseg_scores.read_pairs(tmp_path / "none.csv")
 
 
 # ── training ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -910,7 +910,10 @@ def test_a_registration_of_balls_that_moved_is_learned():
     fresh = Model(regseg.networks_for(2), CUBE, CLASSES)
     before, after = (
         np.mean(
-            [regseg.score_registration(one, *two).mean for two in (tuple(pair.values()), tuple(pair.values())[::-1])]
+            [
+                regseg_scores.score_registration(one, *two).mean
+                for two in (tuple(pair.values()), tuple(pair.values())[::-1])
+            ]
         )
         for one in (fresh, model)
     )

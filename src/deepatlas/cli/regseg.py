@@ -218,7 +218,7 @@ def evaluate(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Score segmentation of labelled images and registration of pairs of them."""
-    from deepatlas import checkpoint, files, outputs, regseg
+    from deepatlas import checkpoint, files, outputs, regseg, regseg_scores
 
     outputs.claim([output], overwrite)
     loaded = regseg.load(checkpoint.find(model))
@@ -232,12 +232,12 @@ def evaluate(
     for name in wanted:
         image = files.read_image(paths[name])
         both[name] = (image, files.read_labels(drawn[name], like=image))
-    chosen = regseg.read_pairs(pairs) if pairs else regseg.random_pairs(wanted, count, seed)
+    chosen = regseg_scores.read_pairs(pairs) if pairs else regseg_scores.random_pairs(wanted, count, seed)
     unknown = {name for pair in chosen for name in pair} - both.keys()
     if unknown:
         raise ExamError(f"Expected pairs of the labelled exams, got {sorted(unknown)[0]}; correct the list of pairs.")
     with counting("Scoring") as told:
-        about = regseg.scores(loaded, both, chosen, told)
+        about = regseg_scores.scores(loaded, both, chosen, told)
     checkpoint.write_text(output, json.dumps(about, indent=1))
     typer.echo(
         f"segmentation Dice {about['segmentation']['mean']:.3f} over {len(both)} exams, registration Dice "
