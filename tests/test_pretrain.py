@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from deepatlas import checkpoint, files, loop, store
+from deepatlas import augment, checkpoint, files, loop, store
 from deepatlas import pretrain as recipe
 from deepatlas.atlas import Region, Structure
 from deepatlas.config import (
@@ -28,6 +28,7 @@ from deepatlas.config import (
     WarmStage,
 )
 from deepatlas.errors import CohortError, ModelError
+from deepatlas.loop import NOT_FINITE_IN_A_ROW
 from deepatlas.masks import LabelMaps
 from deepatlas.pretrain import Lent, Run, pretrain
 from deepatlas.views import batch_of, by_anatomy, load_cohort
@@ -348,6 +349,15 @@ def begun(cohort: Path, seed: int = 0) -> Run:
     return Run.begin(load_cohort(cohort, TINY, "cpu"), replace(TINY, seed=seed), None, None, "cpu")
 
 
+def test_a_view_is_made_on_the_device_of_the_exams(cohort):
+    """A device without memory stands for a GPU: it too refuses to be mixed with the CPU."""
+    data = load_cohort(cohort, TINY, "meta")
+    for crop in (False, True):
+        view = data.view([0, 2], augment.keyed(0), TINY.augmentation, bend=0.05, crop=crop)
+        for part in (view.seen, view.image, view.foreground, view.mm_per_box, view.places_box):
+            assert part.device.type == "meta"
+
+
 def test_the_atlas_begins_as_the_seed_exam_within_its_margin(cohort):
     run = begun(cohort)
     assert run.data.names[by_anatomy(run.data)[0]] == run.seed_name == "c"
@@ -382,17 +392,27 @@ def test_steps_whose_gradient_is_no_number_are_skipped_and_counted(cohort, caplo
     run.enter(1)
     before = {name: values.clone() for name, values in run.network.state_dict().items()}
     image = run.data.image[:1]
-    for _ in range(recipe.NOT_FINITE_IN_A_ROW - 1):
+    for _ in range(NOT_FINITE_IN_A_ROW - 1):
         run._descend(run.network(image, 1).sum() * torch.nan, run.network, 0.01)
     assert all(torch.equal(before[name], values) for name, values in run.network.state_dict().items())
     assert "not finite" in caplog.text
     run._descend(run.network(image, 1).sum(), run.network, 0.01)  # a good one in between
-    assert run.failures == 0
+    assert run.descent.failures == 0
     assert not torch.equal(before["shared"], run.network.shared)
-    for _ in range(recipe.NOT_FINITE_IN_A_ROW - 1):
+    for _ in range(NOT_FINITE_IN_A_ROW - 1):
         run._descend(run.network(image, 1).sum() * torch.inf, run.network, 0.01)
     with pytest.raises(ModelError, match="lower rate"):
         run._descend(run.network(image, 1).sum() * torch.inf, run.network, 0.01)
+
+
+def test_a_step_is_skipped_for_any_gradient_that_is_no_number(cohort):
+    """Fits move the maps and the atlas: there the network has no gradient to judge by."""
+    run = begun(cohort)
+    run.enter(4)
+    before = run.atlas.detach().clone()
+    run._descend(run.atlas.sum() * torch.nan, run.network, 0.01)
+    assert run.descent.failures == 1
+    assert torch.equal(run.atlas, before)
 
 
 def test_a_stage_does_not_inherit_the_gradients_of_the_one_before(cohort):
@@ -402,7 +422,7 @@ def test_a_stage_does_not_inherit_the_gradients_of_the_one_before(cohort):
     run.enter(4)  # fits maps and the atlas, not the network
     before = run.atlas.detach().clone()
     run._fitting_step(TINY.consolidation[0], 4, 0)
-    assert run.failures == 0
+    assert run.descent.failures == 0
     assert not torch.equal(run.atlas, before)
 
 

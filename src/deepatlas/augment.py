@@ -1,4 +1,4 @@
-"""Chance is drawn here from a `torch.Generator`, and applied by functions that hold no chance.
+"""Chance is drawn here from a `torch.Generator`, and applied by functions that hold none but the noise of a tone.
 
 Source: §5.5.2 (scaling 70-130 %, rotation ±0.5 rad, translation ±8 of 64 voxels) and §5.2.5 (random crops of the
 template).
@@ -85,7 +85,8 @@ class Cut(NamedTuple):
 
 
 def draw_cut(batch: int, generator: Generator, probability: float = 0.5, least: float = 0.25) -> Cut:
-    """Random limits of the field of view: each of the six sides is cut off with a probability.
+    """Random limits of the field of view: the ends are cut off with a probability, right and left with
+    .4 of it, back and front with .2.
 
     The ends (axis k) are cut up to ``least`` of the centre, the sides half as deep.
     """
@@ -101,10 +102,11 @@ def outside_cut(cut: Cut, points_box: Float[Tensor, "batch 3 i j k"]) -> Tensor:
     """Where a field of view has been cut off: boolean (batch, 1, i, j, k)."""
     lost = torch.zeros_like(points_box[:, :1], dtype=torch.bool)
     for plane in range(cut.offset.shape[1]):
-        if torch.isinf(cut.offset[:, plane]).all():
+        if torch.isinf(cut.offset[:, plane]).all():  # asked of the CPU, where it was drawn: a GPU would be waited for
             continue
-        height = torch.einsum("ba,baijk->bijk", cut.normal[:, plane], points_box)[:, None]
-        lost |= height > cut.offset[:, plane].view(-1, 1, 1, 1, 1)
+        normal, offset = (part[:, plane].to(points_box) for part in cut)
+        height = torch.einsum("ba,baijk->bijk", normal, points_box)[:, None]
+        lost |= height > offset.view(-1, 1, 1, 1, 1)
     return lost
 
 
@@ -217,7 +219,7 @@ def draw_tone(batch: int, generator: Generator, amount: float) -> Float[Tensor, 
 def apply_tone(image: Image, tone: Float[Tensor, "batch 3"], generator: Generator) -> Image:
     """Change soft-tissue contrast, keeping air at 0 and bone at 1."""
     gain, offset, sigma = (tone[:, a].view(-1, 1, 1, 1, 1) for a in range(3))
-    noise = torch.randn(image.shape, generator=generator) * sigma
+    noise = torch.randn(image.shape, generator=generator).to(image) * sigma
     inner = ((image - 0.5) * gain + 0.5 + offset + noise).clamp(0, 1)
     return torch.where((image > 0) & (image < 1), inner, image)
 
@@ -241,4 +243,4 @@ def tone_between(image: Image, other: Image, seen: Mask, cells: int = 6) -> Imag
 
 def place(matrix: Affine, shape: tuple[int, int, int]) -> Coordinates:
     """Where every voxel of an augmented grid lies in the exam's box."""
-    return affine.apply(matrix, grid.identity(shape, matrix.dtype))
+    return affine.apply(matrix, grid.identity(shape, matrix.dtype, matrix.device))

@@ -20,6 +20,7 @@ from deepatlas.checkpoint import Model
 from deepatlas.config import FineTuning, Preset
 from deepatlas.errors import CohortError, ModelError, StructureError
 from deepatlas.loop import (
+    Descent,
     Progress,
     Stage,
     State,
@@ -138,6 +139,7 @@ class Run:
             self.network.backbone.load_state_dict(base.network.backbone.state_dict())
         else:
             self.go_on(base)
+        self.descent = Descent(settings.clip)
         self.network.mixed = settings.mixed
         self.network.to(device).train().requires_grad_(True)
         self.optimiser = torch.optim.Adam(self.network.parameters(), settings.rate)
@@ -175,12 +177,9 @@ class Run:
         entropy = F.binary_cross_entropy_with_logits(found, inside, known.float())
         loss = apart + s.entropy * entropy
         self.optimiser.param_groups[0]["lr"] = s.rate_at(step)
-        self.optimiser.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), s.clip)
-        self.optimiser.step()
-        terms = {"loss": loss, "dice": apart, "entropy": entropy, "gradient": norm}
-        return {name: float(value.detach()) for name, value in terms.items()}
+        norm = self.descent.step(self.optimiser, loss, self.network)
+        terms = {"loss": loss, "dice": apart, "entropy": entropy}
+        return {name: float(value.detach()) for name, value in terms.items()} | {"gradient": norm}
 
     def inside(self, exam: int, places_finest: Coordinates) -> Float[Tensor, "1 structure i j k"]:
         """How much of a voxel a structure fills, 0 ... 1, at places in the box of an exam's finest arrays."""

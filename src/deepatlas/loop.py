@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.optim import Adam
 
@@ -183,6 +184,36 @@ class State(NamedTuple):
     step: int
     tensors: dict[str, Tensor]
     level: int = 0
+
+
+NOT_FINITE_IN_A_ROW = 10
+
+
+class Descent:
+    """Steps down a loss, its gradient clipped; one that is not finite is skipped and counted."""
+
+    def __init__(self, clip: float) -> None:
+        self.clip, self.failures = clip, 0
+
+    def step(self, optimiser: torch.optim.Optimizer, loss: Tensor, clipped: torch.nn.Module) -> float:
+        """One step; the norm of the gradient that was clipped.
+
+        Raises:
+            ModelError: too many gradients in a row were not finite.
+        """
+        optimiser.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(clipped.parameters(), self.clip)
+        moved = (p for group in optimiser.param_groups for p in group["params"] if p.grad is not None)
+        if all(bool(torch.isfinite(p.grad).all()) for p in moved):
+            optimiser.step()
+            self.failures = 0
+        else:
+            self.failures += 1
+            LOG.warning("skipped a step: its gradient is not finite")
+            if self.failures >= NOT_FINITE_IN_A_ROW:
+                raise ModelError(f"{self.failures} gradients in a row were not finite; resume with a lower rate.")
+        return float(norm)
 
 
 def save_state(folder: Path, state: State, settings: dict) -> None:

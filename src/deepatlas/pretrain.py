@@ -27,6 +27,7 @@ from deepatlas.config import CUBE, Augmentation, ConsolidationStage, Preset
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.fitting import carried, fit
 from deepatlas.loop import (
+    Descent,
     Progress,
     Stage,
     State,
@@ -54,7 +55,6 @@ from deepatlas.store import Cohort
 from deepatlas.views import Cohorted, batch_of, by_anatomy, load_cohort
 
 LOG = logging.getLogger(__name__)
-NOT_FINITE_IN_A_ROW = 10
 ATLAS_RATE = 0.002
 """Of the atlas while maps are fitted."""
 
@@ -158,9 +158,11 @@ class Run:
         self.data, self.preset, self.device = data, preset, device
         self.seed_index = seed_index
         self.seed_name = data.names[seed_index]
-        torch.manual_seed(preset.seed)
-        self.network = CoordinateNetwork(preset.network).to(device)
-        self.autoencoder = Autoencoder().to(device)
+        self.by_anatomy = by_anatomy(data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(preset.seed)
+            self.network = CoordinateNetwork(preset.network).to(device)
+            self.autoencoder = Autoencoder().to(device)
         if str(device).startswith("cuda"):
             self.network.mixed = self.autoencoder.mixed = preset.mixed
             if preset.compiled:
@@ -182,7 +184,7 @@ class Run:
         self.optimiser: torch.optim.Adam | None = None
         self.from_model = False
         self.crops = data.region in ("body", "exam")  # else every exam is shown at the scale of the seed
-        self.failures = 0
+        self.descent = Descent(preset.clip)
         finest = (preset.network.sizes[0],) * 3
         fitted = len(data.names) if preset.consolidation else 0
         self.targets = torch.zeros(fitted, 3, *finest, device=device)
@@ -270,7 +272,7 @@ class Run:
     def learned_from(self, stage: ConsolidationStage) -> list[int]:
         """The exams a round of consolidation uses, in the order of the cohort."""
         exams = len(self.data.names)
-        return sorted(by_anatomy(self.data)[: max(2, round(stage.whole * exams))])
+        return sorted(self.by_anatomy[: max(2, round(stage.whole * exams))])
 
     def enter(self, number: int) -> None:
         """Make the optimiser of a stage; say how far the map jumps where a finer level begins."""
@@ -501,21 +503,10 @@ class Run:
         }
 
     def _descend(self, loss: Tensor, clipped: torch.nn.Module, rate: float) -> float:
-        """One step of Adam; a gradient that is not finite is skipped and counted."""
+        """One step of Adam."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self.optimiser.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(clipped.parameters(), self.preset.clip)
-        if torch.isfinite(norm):
-            self.optimiser.step()
-            self.failures = 0
-        else:
-            self.failures += 1
-            LOG.warning("skipped a step: its gradient is not finite")
-            if self.failures >= NOT_FINITE_IN_A_ROW:
-                raise ModelError(f"{self.failures} gradients in a row were not finite; resume with a lower rate.")
-        return float(norm)
+        return self.descent.step(self.optimiser, loss, clipped)
 
     def _decay(self, step: int) -> float:
         return self.preset.decay ** (step // self.preset.decay_every)

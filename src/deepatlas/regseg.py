@@ -40,6 +40,7 @@ from deepatlas.common_grid import HALVINGS, Cases, Frame, Placed, Pose, Template
 from deepatlas.config import RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
 from deepatlas.loop import (
+    Descent,
     Progress,
     Stage,
     State,
@@ -353,13 +354,11 @@ class Run:
     def enter(self, stage: int = 0) -> None:
         """Fresh optimisers for a stage: registration, segmentation."""
         self.optimisers = [torch.optim.Adam(network.parameters(), self.settings.rate) for network in self.networks]
+        self.descents = [Descent(self.settings.clip) for _ in self.networks]
 
     def learn(self, which: int, terms: dict[str, Tensor]) -> dict[str, float]:
         """A step of one network down its loss; the terms as numbers."""
-        self.optimisers[which].zero_grad()
-        terms["loss"].backward()
-        nn.utils.clip_grad_norm_(self.networks[which].parameters(), self.settings.clip)
-        self.optimisers[which].step()
+        self.descents[which].step(self.optimisers[which], terms["loss"], self.networks[which])
         if which == 0:
             self.kept.clear()
         return {key: float(value.detach()) for key, value in terms.items()}

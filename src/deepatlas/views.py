@@ -128,7 +128,7 @@ class Cohorted(NamedTuple):
         image = self.image[exams] if arrays is self else torch.from_numpy(window(arrays.hu[exams].numpy())).to(places)
         image = grid.sample(image, own) * within
         foreground = (grid.sample(arrays.foreground[exams].float(), own) > 0.5) & within
-        lost = augment.outside_cut(augment.Cut(*(part.to(device) for part in cut)), places)
+        lost = augment.outside_cut(cut, places)
         if borrowed is not None:
             lost |= grid.sample(borrowed.seen, places) < 0.5
         seen = augment.apply_tone(torch.where(lost, 0.0, image), tone, chance)
