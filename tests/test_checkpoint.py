@@ -126,7 +126,7 @@ def test_tables_of_hu_come_back_and_older_ones_are_read(model, folder):
     def older(tensors: dict) -> None:
         tensors["2.tissue"] = tensors["2.tissue"][0, 1, 2].clone()
 
-    resave(folder, older, STRUCTURES)
+    resave(folder, older, json.loads((folder / "model.json").read_text())["files"]["structures"])
     edit(folder, lambda about: about["structures"][2].update(tissue=True))
     one = load(folder).structures["larynx"].tissue
     assert one.shape == table.shape
@@ -218,6 +218,10 @@ FAULTS = {
         lambda f: resave(f, lambda t: t.update({"0.mask": t["0.mask"][1:]}), STRUCTURES),
         STRUCTURES,
     ),
+    "masks in another folder": (
+        lambda f: edit(f, lambda a: a.update(files={"structures": "../structures.safetensors"})),
+        "model.json",
+    ),
     "HU in other parts": (lambda f: edit(f, lambda a: a["structures"][0].update(tissue=4)), "model.json"),
     "a mask of another type": (
         lambda f: resave(f, lambda t: t.update({"0.mask": t["0.mask"].float()}), STRUCTURES),
@@ -250,7 +254,7 @@ def test_a_writing_that_breaks_off_leaves_the_old_file(model, folder, monkeypatc
     def full(*_):
         raise OSError("No space left on device")
 
-    for name in ("save_file", "os.replace", "os.fsync"):
+    for name in ("serialised", "os.replace", "os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(f"deepatlas.checkpoint.{name}", full)
             with pytest.raises(OSError, match="No space"):
@@ -258,6 +262,31 @@ def test_a_writing_that_breaks_off_leaves_the_old_file(model, folder, monkeypatc
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     save(changed, folder)
     assert list(load(folder).structures) == ["niere links"]
+
+
+def test_a_library_whose_description_is_not_written_is_the_old_one(model, folder, monkeypatch):
+    before = load(folder).structures
+    moved = {name: replace(one, mask=one.mask.flip(0)) for name, one in model.structures.items()}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("deepatlas.checkpoint.write_text", killed)
+            with pytest.raises(KeyboardInterrupt):
+                save_structures(replace(model, structures=moved), folder)
+        for name, one in load(folder).structures.items():
+            assert torch.equal(one.mask, before[name].mask)
+    save_structures(replace(model, structures=moved), folder)
+    for name, one in load(folder).structures.items():
+        assert torch.equal(one.mask, before[name].mask.flip(0))
+    assert len(list(folder.glob("structures*.safetensors"))) == 1
+
+
+def test_all_files_of_a_model_may_be_read_by_whom_the_folder_lets(model, folder):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}
+    assert set(modes.values()) == {modes["model.json"]}
 
 
 def test_a_model_is_found_by_its_folder_or_its_name(folder, tmp_path, monkeypatch):

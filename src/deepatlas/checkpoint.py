@@ -6,7 +6,7 @@ A model folder, format version 1:
 ``model.json``               format, version, sizes, preparation, seed exam, structures (name, label, level...),
                              regions, landmarks
 ``weights.safetensors``      network, autoencoder and atlas; half or single precision, the atlas also in bytes
-``structures.safetensors``   one soft mask per structure
+``structures.safetensors``   one soft mask per structure, or ``structures-2.safetensors``, as ``model.json`` says
 ``classifiers.safetensors``  the voxel classifiers of structures that have one (`deepatlas.classifier`)
 ``head.safetensors``         of a fine-tuned model: the segmentation head with its backbone (`deepatlas.finetune`)
 ``finer/NAME/``              a model of the cube NAME of this atlas, a folder of the same kind (`deepatlas.cascade`)
@@ -20,12 +20,13 @@ import json
 import os
 import struct
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from deepatlas.atlas import REGION_NODES, Region, Structure
@@ -40,7 +41,8 @@ VERSION = 1
 LARGEST_HEADER = 4 << 20
 FINER = "finer"
 HEAD = "head.safetensors"
-CLASSIFIERS = "classifiers.safetensors"
+STRUCTURES, CLASSIFIERS = "structures", "classifiers"
+"""Files of the library; model.json says under which names."""
 MARGIN = 0.9
 """The seed exam's box lies within ± this in the atlas, so that tanh has room for anatomy beyond it."""
 
@@ -148,14 +150,15 @@ def _describe(model: Model, folder: Path) -> None:
         if structure.tissue is not None:
             tensors[f"{index}.tissue"] = (255 * (structure.tissue / MOST + 1) / 2).round().to(torch.uint8)
     tensors = tensors or {"none": torch.zeros(1, dtype=torch.uint8)}
-    write_tensors(folder / "structures.safetensors", tensors)
+    written = {STRUCTURES: _write_beside(folder, STRUCTURES, tensors)}
     learned = [(n, s.classifier) for n, s in enumerate(model.structures.values()) if s.classifier is not None]
     if learned:
         weights = {f"{n}.{k}": v.to(torch.float16) for n, one in learned for k, v in one.state_dict().items()}
-        write_tensors(folder / CLASSIFIERS, weights)
+        written[CLASSIFIERS] = _write_beside(folder, CLASSIFIERS, weights)
     about = {
         "format": FORMAT,
         "version": VERSION,
+        "files": written,
         "network": asdict(model.network.config),
         "preparation": {"size": model.size, "region": model.region},
         "level": model.level,
@@ -191,8 +194,21 @@ def _describe(model: Model, folder: Path) -> None:
             "structures": model.segmented,
         }
     write_text(folder / "model.json", json.dumps(about, indent=1))
-    if not learned:
-        (folder / CLASSIFIERS).unlink(missing_ok=True)
+    for kind in (STRUCTURES, CLASSIFIERS):
+        for path in folder.glob(f"{kind}*.safetensors"):
+            if path.name not in written.values():
+                path.unlink()
+
+
+def _write_beside(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:
+    """Write a file of a library under a name that is free, or holds the same already: the one that the JSON speaks of
+    stays as long as it does."""
+    data = _serialised(tensors)
+    paths = (folder / f"{kind}{end}.safetensors" for end in chain([""], (f"-{n}" for n in count(2))))
+    path = next(path for path in paths if not path.exists() or path.read_bytes() == data)
+    if not path.exists():
+        _write_bytes(path, data)
+    return path.name
 
 
 def load(folder: Path) -> Model:
@@ -220,7 +236,7 @@ def load(folder: Path) -> Model:
         autoencoder.load_state_dict(under(tensors, "autoencoder."), assign=True)
         if not 0 <= int(about["level"]) <= network.coarsest:
             raise ValueError(f"level {about['level']} of a network of {network.coarsest + 1}")
-        structures = _load_structures(folder, about["structures"])
+        structures = _load_structures(folder, about["structures"], about.get("files", {}))
         model = Model(
             network=network.eval().requires_grad_(False),
             autoencoder=autoencoder.eval().requires_grad_(False),
@@ -334,15 +350,18 @@ def _network_config(about: dict) -> NetworkConfig:
     return config
 
 
-def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
+def _load_structures(folder: Path, about: list[dict], files: dict[str, str]) -> dict[str, Structure]:
+    """The library of a model, from the files that it names (older ones name none)."""
+    if wrong := [name for name in files.values() if Path(name).name != name]:
+        raise ValueError(f"a file {wrong[0]} that is not in the folder")
     shapes = {}
     for index, entry in enumerate(about):
         shapes |= {f"{index}.mask": tuple(entry["shape"]), f"{index}.known": tuple(entry["shape"])}
         if entry.get("tissue"):
             shapes[f"{index}.tissue"] = _tissue_shape(entry["tissue"])
     shapes = shapes or {"none": (1,)}
-    tensors = read_tensors(folder / "structures.safetensors", shapes, {"U8"})
-    classifiers = _load_classifiers(folder, about)
+    tensors = read_tensors(folder / files.get(STRUCTURES, "structures.safetensors"), shapes, {"U8"})
+    classifiers = _load_classifiers(folder / files.get(CLASSIFIERS, "classifiers.safetensors"), about)
     found = {}
     for index, entry in enumerate(about):
         found[str(entry["name"])] = Structure(
@@ -359,7 +378,7 @@ def _load_structures(folder: Path, about: list[dict]) -> dict[str, Structure]:
     return found
 
 
-def _load_classifiers(folder: Path, about: list[dict]) -> dict[int, VoxelClassifier]:
+def _load_classifiers(path: Path, about: list[dict]) -> dict[int, VoxelClassifier]:
     """Those of a library, by the place of their structure in it."""
     found, shapes = {}, {}
     for index, entry in enumerate(about):
@@ -370,7 +389,7 @@ def _load_classifiers(folder: Path, about: list[dict]) -> dict[int, VoxelClassif
             with torch.device("meta"):
                 found[index] = VoxelClassifier(members, width)
             shapes |= {f"{index}.{k}": tuple(v.shape) for k, v in found[index].state_dict().items()}
-    tensors = read_tensors(folder / CLASSIFIERS, shapes, {"F16"}) if shapes else {}
+    tensors = read_tensors(path, shapes, {"F16"}) if shapes else {}
     for index, one in found.items():
         one.load_state_dict({k: v.float() for k, v in under(tensors, f"{index}.").items()}, assign=True)
         one.requires_grad_(False)
@@ -449,23 +468,25 @@ def _header(path: Path) -> dict:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file in one step: beside the target, to disk, then over it."""
-    part = path.with_name(path.name + f".{os.getpid()}.part")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a safetensors file in one step; by ourselves, as safetensors leaves one that nobody else may read."""
+    _write_bytes(path, _serialised(tensors))
+
+
+def _serialised(tensors: dict[str, Tensor]) -> bytes:
+    return serialised({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
+    _write_bytes(path, f"{text}\n".encode())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """Beside the target, to disk, then over it."""
     part = path.with_name(path.name + f".{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with part.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
