@@ -303,6 +303,15 @@ def test_points_of_every_kind_of_file_go_to_the_same_place(call, taught, images,
         assert float(rows[name]["confidence"]) == pytest.approx(ras["confidence"][name], abs=1e-3)
 
 
+def test_a_point_in_the_air_beside_the_patient_is_nowhere(call, taught, images, tmp_path):
+    beside = marked(tmp_path / "p.json", MARKS | {"air": [0, 130, 40]})
+    one, out = images / "one.nii.gz", tmp_path / "o.json"
+    assert call("points", "-m", taught, "-f", one, "-p", beside, "-t", one, "-o", out)[0] == 0
+    points = json.loads(out.read_text())["points"]
+    assert points["air"] is None
+    np.testing.assert_allclose(points["a"], MARKS["a"], atol=0.1)
+
+
 def test_points_in_a_folder_go_on_after_a_broken_exam(call, taught, images, some, tmp_path):
     asked = marked(tmp_path / "p.json", MARKS)
     common = ["points", "-m", taught, "-f", images / "one.nii.gz", "-p", asked]
@@ -369,6 +378,14 @@ def test_a_box_turns_and_grows_with_the_patient(call, taught, images, drawn, tmp
         np.testing.assert_allclose([one["min"], one["max"]], [low, high], atol=0.2)
     np.testing.assert_allclose(aligned["boxes"]["box"]["size"], high - low, atol=0.3)
     np.testing.assert_allclose(np.abs(aligned["boxes"]["box"]["axes"]), np.eye(3))
+
+
+def test_a_box_turned_in_the_patient_comes_back_as_it_was_drawn(call, taught, images, tmp_path):
+    axes, one, out = turned(0.5, -0.3), images / "one.nii.gz", tmp_path / "out.json"
+    box = told(tmp_path / "box.json", {"frame": "RAS", "unit": "mm", "box": BOX | {"axes": axes.T.tolist()}})
+    assert call("boxes", "-m", taught, "-f", one, "--box", box, "-i", one, "-o", out)[0] == 0
+    found = json.loads(out.read_text())["boxes"]["box"]
+    np.testing.assert_allclose(told_corners(found), corners(BOX["center"], axes, np.array(BOX["size"])), atol=0.5)
 
 
 def test_boxes_around_structures_and_null_where_they_are_not(call, taught, images, tmp_path):
@@ -711,6 +728,18 @@ def test_an_exam_unlike_any_that_was_learned_covers_nothing(call, model, images,
     out = tmp_path / "coverage.csv"
     assert call("coverage", "-m", model, "-i", images / "one.nii.gz", "--roi", "organ", "-o", out)[0] == 0
     assert list(csv.reader(out.read_text().splitlines()))[1] == ["one", "organ", "0.0000", "absent"]
+
+
+def test_nothing_is_placed_in_an_exam_unlike_any_that_was_learned(call, model, images, tmp_path):
+    about = json.loads((model / "model.json").read_text())
+    told(model / "model.json", about | {"familiar": 2.0})
+    one, asked = images / "one.nii.gz", marked(tmp_path / "p.json", MARKS)
+    assert call("boxes", "-m", model, "-i", one, "--roi", "organ", "-o", tmp_path / "b.json")[0] == 0
+    assert json.loads((tmp_path / "b.json").read_text())["boxes"] == {"organ": None}
+    refused(call("crop", "-m", model, "-i", one, "--roi", "organ", "-o", tmp_path / "c.nii.gz"), "not in this scan")
+    refused(call("points", "-m", model, "-f", one, "-p", asked, "-t", one, "-o", tmp_path / "o.json"), "unlike")
+    refused(call("mark", "-m", model, "-i", one, "-p", asked), "unlike")
+    refused(call("register", "-m", model, "-f", one, "-v", one, "-o", tmp_path / "r"), "unlike")
 
 
 def test_coverage_of_a_folder_goes_on_after_a_broken_exam(call, taught, some, tmp_path):

@@ -21,7 +21,6 @@ from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import AIR_HU
 from deepatlas.regions import (
     Shown,
-    coverage,
     crop,
     crop_record,
     from_box,
@@ -150,7 +149,7 @@ POSES = {
 def test_a_region_is_shown_where_its_anatomy_lies(model, name):
     pose, (spacing, degrees) = POSES[name]
     exam, _ = scan(spacing, degrees, body=moved_by(pose))
-    shown = show(cube(), exact(model, exam, body=moved_by(pose)))
+    shown = show(model, cube(), exact(model, exam, body=moved_by(pose)))
     truth = np.linalg.inv(pose) @ aligned_box(LOW, HIGH).to_mm
     np.testing.assert_allclose(apply(shown.to_mm, CORNERS), apply(truth, CORNERS), atol=0.05)
     assert (shown.status, shown.coverage) == ("present", 1.0)
@@ -169,7 +168,7 @@ def test_a_region_cut_off_is_placed_whole_and_says_how_much_is_there(model, shar
     turned, _ = scan((4, 4, 4), low=(-110, -120, -100), high=(130, 80, top))
     exam = Volume(turned.array, to_exam @ turned.affine)  # its last plane cuts the anatomy at right angles
     seen = exact(model, exam, body=moved_by(pose))
-    shown = show(cube(), seen)
+    shown = show(model, cube(), seen)
     assert shown.coverage == pytest.approx(share, abs=1.5 / REGION_NODES)
     assert shown.status == ("present" if shown.coverage >= PRESENT else "cut_off")
     truth = to_exam @ aligned_box(LOW, HIGH).to_mm
@@ -180,18 +179,18 @@ def test_coverage_counts_only_anatomy(model):
     exam, _ = scan((4, 4, 4), high=(130, 80, 40))
     half = cube()
     lower = torch.from_numpy(nodes_mm(half)[..., 2] < 30)
-    assert show(replace(half, counted=lower), exact(model, exam)).coverage == 1.0
-    upper = show(replace(half, counted=~lower), exact(model, exam))
+    assert show(model, replace(half, counted=lower), exact(model, exam)).coverage == 1.0
+    upper = show(model, replace(half, counted=~lower), exact(model, exam))
     assert upper.coverage == pytest.approx((40 - 30) / (75 - 30), abs=0.08)
-    nothing = show(replace(half, counted=torch.zeros_like(lower)), exact(model, exam))
+    nothing = show(model, replace(half, counted=torch.zeros_like(lower)), exact(model, exam))
     assert nothing.coverage == pytest.approx((40 - 5) / (75 - 5), abs=0.08)
 
 
 def test_a_region_beyond_the_scan_is_absent_and_has_no_place(model):
     exam, _ = scan((4, 4, 4), high=(130, 80, LOW[2] - 10))
-    shown = show(cube(), exact(model, exam))
+    shown = show(model, cube(), exact(model, exam))
     assert (shown.coverage, shown.status, shown.to_mm, shown.box) == (0.0, "absent", None, None)
-    assert coverage(model, cube(), exact(model, exam)) == (0.0, "absent")
+    assert show(model, cube(), exact(model, exam))[:2] == (0.0, "absent")
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -200,7 +199,7 @@ def test_a_region_of_which_a_thin_layer_is_in_view(model, layers):
     edge = (heights[layers - 1] + heights[layers]) / 2
     exam, _ = scan((4, 4, 4), low=(-110, -120, edge - 160), high=(130, 80, edge))
     seen = exact(model, exam)
-    shown = show(cube(), seen)
+    shown = show(model, cube(), seen)
     assert shown.coverage == pytest.approx(layers / REGION_NODES, abs=0.01)
     assert (shown.to_mm is None) == (shown.coverage < ABSENT or layers == 1)
     if shown.to_mm is not None:
@@ -210,7 +209,7 @@ def test_a_region_of_which_a_thin_layer_is_in_view(model, layers):
 def test_a_bent_patient_has_the_region_about_its_anatomy(model):
     exam, _ = scan((4, 4, 4), (10, -5, 10), body=bent)
     region = cube()
-    shown = show(region, exact(model, exam, body=bent))
+    shown = show(model, region, exact(model, exam, body=bent))
     truth = unbent(nodes_mm(region).reshape(-1, 3))
     cube_nodes = np.stack(np.meshgrid(*[np.linspace(-1, 1, REGION_NODES)] * 3, indexing="ij"), -1).reshape(-1, 3)
     design = np.hstack([cube_nodes, np.ones((len(cube_nodes), 1))])
@@ -224,8 +223,8 @@ def test_a_bent_patient_has_the_region_about_its_anatomy(model):
 def test_an_exam_unlike_any_learned_shows_nothing(model):
     exam, _ = scan((4, 4, 4))
     seen = exact(model, exam)
-    assert coverage(model, cube(), seen) == (1.0, "present")
-    assert coverage(replace(model, familiar=1.5), cube(), seen) == (0.0, "absent")
+    assert show(model, cube(), seen)[:2] == (1.0, "present")
+    assert show(replace(model, familiar=1.5), cube(), seen) == (0.0, "absent", None)
 
 
 LINEARS = {
@@ -300,7 +299,7 @@ def centroid(image: nib.Nifti1Image, around: np.ndarray, reach: float = 18.0) ->
 def test_a_crop_shows_everything_at_its_place(model, tmp_path, name, how):
     pose, (spacing, degrees) = POSES[name]
     exam = blob_exam(spacing, degrees, moved_by(pose))
-    shown = show(cube(), exact(model, exam, body=moved_by(pose)))
+    shown = show(model, cube(), exact(model, exam, body=moved_by(pose)))
     shape, affine = view_grid(shown, **({"spacing_mm": 1.0} | how))
     cut = crop(exam, shape, affine)
     assert cut.shape == shape
@@ -318,7 +317,7 @@ def test_the_crop_of_a_turned_patient_stands_upright(model):
         (affine_of(rotated((-30, 15, 50)), (4, 2, -5)), (3, 3, 3), (10, 5, 0)),
     ):
         exam = blob_exam(spacing, degrees, moved_by(pose))
-        shown = show(cube(), exact(model, exam, body=moved_by(pose)))
+        shown = show(model, cube(), exact(model, exam, body=moved_by(pose)))
         crops.append(crop(exam, *view_grid(shown, 2.6)))
     upright, turned = crops
     assert upright.shape == turned.shape
@@ -340,7 +339,7 @@ def test_the_way_an_exam_is_stored_does_not_change_its_crop():
 
 def test_beyond_the_exam_a_crop_is_air(model):
     exam = blob_exam((4, 4, 4), high=(130, 80, 40))
-    shown = show(cube(), exact(model, exam))
+    shown = show(model, cube(), exact(model, exam))
     shape, affine = view_grid(shown, 2.0)
     cut = crop(exam, shape, affine)
     height = places_of(shape, affine)[..., 2]

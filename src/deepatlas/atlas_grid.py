@@ -63,7 +63,7 @@ class AtlasGrid:
             ExamError: it shows next to nothing of the region, or cannot be prepared.
         """
         embedded = embed(self.model, volume)
-        shown = regions.show(self.region, embedded)
+        shown = regions.show(self.model, self.region, embedded)
         if shown.to_mm is None:
             raise ExamError(
                 f"Expected an image of {self.region.name}, but it shows {shown.coverage:.0%} of it; leave it out."

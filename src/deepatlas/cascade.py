@@ -18,7 +18,7 @@ from deepatlas import affine, grid, regions
 from deepatlas import locate as plain
 from deepatlas.atlas import Region, Structure
 from deepatlas.checkpoint import MARGIN, Model
-from deepatlas.embedding import Embedded, embed, map_prepared
+from deepatlas.embedding import Embedded, embed, likeness_of, map_prepared
 from deepatlas.errors import ExamError
 from deepatlas.found import Found, redrawn
 from deepatlas.prepare import prepare_cube
@@ -54,7 +54,7 @@ def look_closer(model: Model, finer: Model, exam: Volume, embedded: Embedded) ->
 
     Source: §5.2.4.
     """
-    shown = regions.show(cube_of(model, finer), embedded)
+    shown = regions.show(model, cube_of(model, finer), embedded)
     if shown.to_mm is None or shown.coverage < LEAST_SHOWN:
         return None
     try:
@@ -101,6 +101,7 @@ def locate(
     """
     names = list(model.structures if structures is None else structures)
     embedded = embedded or settled(model, exam, embed(model, exam))
+    embedded = embedded._replace(alike=likeness_of(model, embedded))
     found = plain.locate(model, exam, names, embedded)
     closer: dict[str, Found] = {}
     for finer in model.finer.values():
@@ -151,7 +152,7 @@ class Cutter:
             ExamError: the exam hardly shows the region.
         """
         embedded = embed_by(self.models, exam)
-        shown = regions.show(self.region, embedded) if embedded else None
+        shown = regions.show(self.models[-1], self.region, embedded) if embedded else None
         if shown is None or shown.to_mm is None or shown.coverage < LEAST_SHOWN:
             share = shown.coverage if shown else 0.0
             raise ExamError(f"Shows {share:.0%} of {self.region.name}, at least {LEAST_SHOWN:.0%} is needed.")

@@ -10,6 +10,7 @@ from torch import Tensor
 from deepatlas import grid
 from deepatlas.atlas import Structure
 from deepatlas.checkpoint import Model
+from deepatlas.errors import ExamError
 from deepatlas.objective import likeness
 from deepatlas.prepare import Prepared, prepare
 from deepatlas.shapes import Coordinates
@@ -87,3 +88,21 @@ def likeness_of(model: Model, embedded: Embedded) -> Likeness:
     local = likeness(c_atlas, image, model.atlas, model.autoencoder)
     foreground = grid.resize(embedded.foreground.float(), shape)
     return Likeness(c_atlas, local, foreground)
+
+
+def familiar(model: Model, embedded: Embedded) -> bool:
+    """Whether an exam looks like those that the model learned from; else its coordinates mean nothing."""
+    return likeness_of(model, embedded).of_exam() >= model.familiar
+
+
+def check_familiar(model: Model, embedded: Embedded, name: str) -> None:
+    """Refuse an exam whose coordinates mean nothing.
+
+    Raises:
+        ExamError: it is unlike those that the model learned from.
+    """
+    if not familiar(model, embedded):
+        raise ExamError(
+            f"{name} is unlike every exam that {model.name} learned from, so that nothing can be placed in it; choose "
+            "an exam of that part of the body, or see what `locate --orient` makes of it."
+        )

@@ -297,6 +297,8 @@ def _csv_points(text: str, path: Path) -> list[tuple[str, Any]]:
         raise MarkupError(f"{path.name}: expected a table of points, got something else ({error}).") from None
     if not rows or not {"name", "x", "y", "z"} <= set(rows[0]):
         raise MarkupError(f"{path.name}: expected the columns name, x, y, z, and a row per point; mend the table.")
+    if any(None in row for row in rows):
+        raise MarkupError(f"{path.name}: a row has more cells than the first one names; write 1.5, not 1,5.")
     if not all(row["name"] for row in rows):
         raise MarkupError(f"{path.name}: a point has no name; give every row one.")
     return [(row["name"], [row[axis] for axis in "xyz"] if any(row[axis] for axis in "xyz") else None) for row in rows]

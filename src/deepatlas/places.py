@@ -67,6 +67,8 @@ def confidence(model: Model, embedded: Embedded, points_mm: np.ndarray) -> np.nd
 def carry(source: Embedded, target: Embedded, points_mm: np.ndarray) -> Places:
     """Points of one exam in another: ``c_t⁻¹ ∘ c_s``. Points outside the source exam have no place."""
     c, inside = to_atlas(source, points_mm)
+    box = apply(np.linalg.inv(source.prepared.box_to_mm), points_mm)
+    inside &= source.shows(torch.from_numpy(box.T.astype(np.float32))[None]).numpy()
     places = from_atlas(target, c)
     return Places(places.points_mm, places.valid & inside)
 

@@ -24,12 +24,13 @@ from scipy import ndimage
 from deepatlas import files, grid
 from deepatlas.atlas import REGION_NODES, Region
 from deepatlas.checkpoint import Model
-from deepatlas.embedding import Embedded, likeness_of
+from deepatlas.embedding import Embedded, familiar
 from deepatlas.errors import ExamError, RegionError
 from deepatlas.files import Exam
 from deepatlas.locate import ABSENT, PRESENT
 from deepatlas.markups import Box
 from deepatlas.places import (
+    Places,
     from_atlas,
     in_patient,
     linear_to_atlas,
@@ -37,6 +38,7 @@ from deepatlas.places import (
     robust_affine,
     to_atlas,
 )
+from deepatlas.places import carry as places_in
 from deepatlas.prepare import AIR_HU, sample_mm
 from deepatlas.volume import Volume, apply, corners_mm, planes_mm
 
@@ -139,11 +141,8 @@ def from_box(model: Model, name: str, embedded: Embedded, box: Box) -> Region:
     Raises:
         RegionError: hardly any of the box lies in the patient.
     """
-    cube = _cube_nodes()
+    cube, shown = _cube_nodes(), drawn_in_patient(name, embedded, box)
     c, _ = to_atlas(embedded, apply(box.to_mm, cube))
-    shown = in_patient(embedded, apply(box.to_mm, cube))
-    if shown.sum() < LEAST_NODES:
-        raise RegionError(f"The box of {name} lies outside the patient; its numbers are mm, RAS unless said otherwise.")
     expected = linear_to_atlas(embedded) @ box.to_mm[:3, :3]
     to_atlas_box = robust_affine(cube[shown], c[0].T.double().numpy()[shown], expected, least=0.0)
     corners = apply(to_atlas_box, np.stack(np.meshgrid(*[(-1, 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3))
@@ -152,22 +151,56 @@ def from_box(model: Model, name: str, embedded: Embedded, box: Box) -> Region:
     return replace(region, counted=torch.from_numpy(valid).view_as(region.counted))
 
 
+def drawn_in_patient(name: str, embedded: Embedded, box: Box) -> np.ndarray:
+    """Which nodes of a box drawn on an exam lie in the patient, (node,) bool.
+
+    Raises:
+        RegionError: hardly any.
+    """
+    shown = in_patient(embedded, apply(box.to_mm, _cube_nodes()))
+    if shown.sum() < LEAST_NODES:
+        raise RegionError(f"The box of {name} lies outside the patient; its numbers are mm, RAS unless said otherwise.")
+    return shown
+
+
 LEAST_NODES = 8
 """So many nodes must be found before an affine map is fitted to them."""
 
 
-def show(region: Region, embedded: Embedded) -> Shown:
-    """Where a region lies in an exam.
+def show(model: Model, region: Region, embedded: Embedded) -> Shown:
+    """Where a region lies in an exam; nowhere in one of another kind than the model learned from.
 
     Source: §5.2.4, least squares over all nodes of the cube; robust, because single nodes can be wrong.
     """
+    if not familiar(model, embedded):
+        return Shown(0.0, "absent", None)
     places = from_atlas(embedded, region.nodes_atlas().flatten(2))
     counted = region.counted.flatten().numpy()
     coverage = float(places.valid[counted].mean()) if counted.any() else float(places.valid.mean())
     if coverage < ABSENT or places.valid.sum() < LEAST_NODES:
         return Shown(coverage, "absent", None)
     edges = (region.box_atlas[1] - region.box_atlas[0]).double().numpy() / 2
-    expected = np.linalg.inv(linear_to_atlas(embedded)) * edges
+    return _shown(coverage, places, np.linalg.inv(linear_to_atlas(embedded)) * edges)
+
+
+def carry(model: Model, name: str, box: Box, source: Embedded, target: Embedded) -> Shown:
+    """Where a box drawn on one exam lies in another; its edges keep their directions in the patient.
+
+    Raises:
+        RegionError: hardly any of the box lies in the patient of the first exam.
+    """
+    shown = drawn_in_patient(name, source, box)
+    places = places_in(source, target, apply(box.to_mm, _cube_nodes()))
+    coverage = float(places.valid[shown].mean())
+    if not familiar(model, target) or coverage < ABSENT or places.valid.sum() < LEAST_NODES:
+        return Shown(coverage if familiar(model, target) else 0.0, "absent", None)
+    return _shown(
+        coverage, places, np.linalg.solve(linear_to_atlas(target), linear_to_atlas(source)) @ box.to_mm[:3, :3]
+    )
+
+
+def _shown(coverage: float, places: Places, expected: np.ndarray) -> Shown:
+    """Where a cube lies whose nodes were found."""
     to_mm = robust_affine(_cube_nodes()[places.valid], places.points_mm[places.valid], expected)
     return Shown(coverage, "present" if coverage >= PRESENT else "cut_off", to_mm)
 
@@ -175,14 +208,6 @@ def show(region: Region, embedded: Embedded) -> Shown:
 def _cube_nodes() -> np.ndarray:
     """Nodes of the cube −1 … +1, (node, 3)."""
     return grid.identity((REGION_NODES,) * 3, torch.float64).flatten(2)[0].T.numpy()
-
-
-def coverage(model: Model, region: Region, embedded: Embedded) -> tuple[float, str]:
-    """How much of a region an exam shows, and its status. An exam of another kind than was learned shows none."""
-    if likeness_of(model, embedded).of_exam() < model.familiar:
-        return 0.0, "absent"
-    shown = show(region, embedded)
-    return shown.coverage, shown.status
 
 
 def view_grid(shown: Shown, spacing_mm: np.ndarray | float, size: int | None = None) -> tuple[tuple, np.ndarray]:
@@ -298,7 +323,15 @@ def recorded_exam(about: dict[str, Any], name: str) -> Exam:
 
 def check_on_crop(result: Volume, about: dict[str, Any]) -> None:
     """Refuse a result that does not lie on the grid of the recorded crop."""
-    shape, affine = tuple(about["crop"]["shape"]), np.array(about["crop"]["affine"], dtype=np.float64)
+    try:
+        shape = tuple(int(n) for n in about["crop"]["shape"])
+        affine = np.array(about["crop"]["affine"], dtype=np.float64).reshape(4, 4)
+        if len(shape) != 3 or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+            raise ValueError(f"shape {shape}")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise RegionError(
+            f"The record of the crop of {about['exam']} is damaged ({error}); give the JSON beside the crop."
+        ) from None
     if result.shape != shape or np.abs(result.corners_mm() - corners_mm(shape, affine)).max() > files.SAME_GRID_MM * 10:
         raise RegionError(
             f"Expected a result on the grid of the crop of {about['exam']}, {shape}, got another, {result.shape}; give "

@@ -16,7 +16,7 @@ from deepatlas.cli.options import (
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import choice, load, mapped, names_in, own, read_json
+from deepatlas.cli.reading import choice, load, mapped, names_in, own, read_json, recognised
 from deepatlas.cli.speech import counting, each_exam, end
 from deepatlas.errors import MarkupError, RegionError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from deepatlas.atlas import Region
     from deepatlas.checkpoint import Model
 
-FromOption = Annotated[Path, typer.Option("-f", "--from", help="The exam they were marked on.")]
 FrameOption = Annotated[str, typer.Option("--frame", help="Of a table that does not say it, and of what is written.")]
 RoiOption = Annotated[str, typer.Option("--roi", help="A region or a structure of the model.")]
 
@@ -50,6 +49,7 @@ def points(
     import torch
 
     from deepatlas import checkpoint, files, markups, outputs, pairs, places
+    from deepatlas.embedding import familiar
 
     choice("--frame", frame, markups.FRAMES)
     if (source is None) != (marked is None):
@@ -64,7 +64,7 @@ def points(
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
     drawn_on = files.read_exam(source) if source else None
-    marked_on = mapped(loaded, drawn_on, refined)[0] if source else None
+    marked_on = recognised(loaded, drawn_on, refined) if source else None
     if marked_on is None and not loaded.landmarks:
         raise MarkupError(f"The model {loaded.name} knows no landmark; teach it with `deepatlas mark`, or give points.")
     library = torch.tensor(list(loaded.landmarks.values())).reshape(-1, 3).T[None]
@@ -80,13 +80,12 @@ def points(
             found = pair.carry(np.stack(list(wanted.values())))
         else:
             found = places.carry(marked_on, exam, np.stack(list(wanted.values())))
+        valid = found.valid & familiar(loaded, exam)
         sure = places.confidence(loaded, exam, found.points_mm)
-        placed = {
-            name: mm if valid else None for name, mm, valid in zip(wanted, found.points_mm, found.valid, strict=True)
-        }
-        confidence = {name: float(value) for name, value, ok in zip(wanted, sure, found.valid, strict=True) if ok}
+        placed = {name: mm if ok else None for name, mm, ok in zip(wanted, found.points_mm, valid, strict=True)}
+        confidence = {name: float(value) for name, value, ok in zip(wanted, sure, valid, strict=True) if ok}
         checkpoint.write_text(targets[path], markups.points_text(placed, targets[path], confidence, frame))
-        typer.echo(f"{targets[path]}: {int(found.valid.sum())} of {len(wanted)} points lie in {files.exam_name(path)}.")
+        typer.echo(f"{targets[path]}: {int(valid.sum())} of {len(wanted)} points lie in {files.exam_name(path)}.")
 
     each_exam(paths, work, output if target.is_dir() else None, "Carrying")
 
@@ -117,7 +116,7 @@ def mark(
     loaded = load(folder, device)
     points = {path: markups.read_points(table, frame) for path, table in tables.items()}
     found = places.landmarks(
-        (mapped(loaded, files.read_exam(path), refined)[0], table) for path, table in points.items()
+        (recognised(loaded, files.read_exam(path), refined), table) for path, table in points.items()
     )
     checkpoint.save_structures(replace(loaded, landmarks=loaded.landmarks | found), folder)
     typer.echo(f"{folder}: {len(found)} landmarks from {len(tables)} exam{'s' * (len(tables) > 1)}.")
@@ -157,16 +156,17 @@ def boxes(
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
-    if drawn is not None:
-        marked_on = mapped(loaded, files.read_exam(source), refined)[0]
-        found = markups.read_boxes(drawn, frame)
-        wanted += [regions.from_box(loaded, name, marked_on, box) for name, box in found.items()]
-    if not wanted:
+    marked = markups.read_boxes(drawn, frame) if drawn else {}
+    marked_on = recognised(loaded, files.read_exam(source), refined) if source else None
+    for name, box in marked.items():
+        regions.drawn_in_patient(name, marked_on, box)
+    if not (wanted or marked):
         wanted = [regions.region_of(loaded, name) for name in [*loaded.regions, *loaded.structures]]
 
     def work(path: Path) -> None:
         exam = mapped(loaded, files.read_exam(path), refined)[0]
-        shown = {region.name: regions.show(region, exam).box for region in wanted}
+        shown = {region.name: regions.show(loaded, region, exam).box for region in wanted}
+        shown |= {name: regions.carry(loaded, name, box, marked_on, exam).box for name, box in marked.items()}
         if aligned:
             shown = {name: box and markups.aligned_box(*box.limits_mm) for name, box in shown.items()}
         checkpoint.write_text(targets[path], markups.boxes_text(shown, targets[path], frame))
@@ -213,7 +213,7 @@ def roi(
         drawn = markups.read_boxes(box)
         if len(drawn) > 1:
             raise MarkupError(f"{box.name}: expected one box, got {len(drawn)}; keep the one that is {name}.")
-        embedded = mapped(loaded, files.read_exam(exam), refined)[0]
+        embedded = recognised(loaded, files.read_exam(exam), refined)
         region = regions.from_box(loaded, name, embedded, next(iter(drawn.values())).wider(margin))
     if name in loaded.structures:
         raise RegionError(f"{name} is a structure of the model, and so a region already; choose another name.")
@@ -274,7 +274,7 @@ def crop(
 
     def work(path: Path) -> None:
         exam = files.read_exam(path)
-        shown = regions.show(region, mapped(loaded, exam, refined)[0])
+        shown = regions.show(loaded, region, mapped(loaded, exam, refined)[0])
         if shown.to_mm is None:
             raise RegionError(f"{path.name}: {roi} is not in this scan (coverage {shown.coverage:.0%}).")
         shape, affine = regions.view_grid(shown, spacing or float(np.min(exam.spacing_mm)), size)
@@ -335,8 +335,8 @@ def coverage(
     def work(path: Path) -> None:
         exam = mapped(loaded, files.read_exam(path))[0]
         for region in wanted:
-            share, status = regions.coverage(loaded, region, exam)
-            rows.append((files.exam_name(path), region.name, share, status))
+            shown = regions.show(loaded, region, exam)
+            rows.append((files.exam_name(path), region.name, shown.coverage, shown.status))
 
     if inputs.is_file():
         work(paths[0])
@@ -379,7 +379,7 @@ def register(
     loaded = load(checkpoint.find(model), device)
     still, laid = files.read_exam(fixed), files.read_exam(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
-    maps = [mapped(loaded, exam, refined)[0] for exam in (still, laid)]
+    maps = [recognised(loaded, exam, refined) for exam in (still, laid)]
     fine = tuple(prepare(exam, FINE.size, loaded.region) for exam in (still, laid)) if refined else None
     there = registering.register(*maps, kind, not linear, fine)
     back = registering.register(*maps[::-1], kind, not linear, fine and fine[::-1])

@@ -50,7 +50,7 @@ def mapped(
 ) -> tuple["Embedded", list[str]]:
     """An exam with its map, made with the care that was asked for, and what is to be said about it."""
     from deepatlas import consistency, orientation
-    from deepatlas.embedding import embed
+    from deepatlas.embedding import embed, familiar, likeness_of
     from deepatlas.refine import refine, settled
 
     notes = []
@@ -65,7 +65,18 @@ def mapped(
         embedded = embed(model, exam)
     if copies:
         embedded = consistency.agree(model, embedded, copies).embedded
-    return (refine if refined else settled)(model, exam, embedded), notes
+    # fitted, an exam of another kind would look familiar
+    embedded = (refine if refined and familiar(model, embedded) else settled)(model, exam, embedded)
+    return embedded._replace(alike=likeness_of(model, embedded)), notes
+
+
+def recognised(model: "Model", exam: "Exam", refined: bool = False) -> "Embedded":
+    """An exam with its map, refused where it is unlike those that the model learned from."""
+    from deepatlas.embedding import check_familiar
+
+    embedded, _ = mapped(model, exam, refined)
+    check_familiar(model, embedded, exam.name)
+    return embedded
 
 
 def own(folder: Path) -> Path:
@@ -95,6 +106,17 @@ def table_of_names(path: Path, structures: str | None) -> dict[str, int]:
     if unknown:
         raise StructureError(f"{path.name} has no structure {unknown[0]!r}; it has: {', '.join(table)}.")
     return {name: table[name] for name in wanted}
+
+
+def label_faults(path: Path | None, names: Path) -> dict[str, list[str]] | None:
+    """The table of label faults to leave out, structure → exams, held against the table of names."""
+    from deepatlas import files
+
+    if path is None:
+        return None
+    faults = read_json(path, dict)
+    files.check_exclusions(faults, files.read_names(names))
+    return faults
 
 
 def read_json(path: Path, kind: type) -> Any:
