@@ -18,7 +18,7 @@ from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.classifier import Taught
 from deepatlas.config import FINER, ConsolidationStage, Fitting, NetworkConfig
 from deepatlas.embedding import Embedded
-from deepatlas.errors import CohortError, ExamError, RegionError
+from deepatlas.errors import CohortError, ExamError, RegionError, StructureError
 from deepatlas.files import as_exam
 from deepatlas.locate import define
 from deepatlas.networks import CoordinateNetwork, VoxelClassifier
@@ -246,6 +246,35 @@ def test_an_exam_that_cannot_be_read_again_is_noted(wide, known_maps, tmp_path, 
     assert "memory" in made.failed["1"]
     assert {name: one.exams for name, one in made.model.structures.items()} == {"inner": 3, "outer": 3}
     assert {"core": made.model.finer["core"].structures["inner"].exams, "look": len(looks)} == used
+
+
+def test_a_structure_that_only_a_broken_exam_shows_takes_nothing_from_the_others(wide, known_maps, tmp_path):
+    images, labels, _ = written(tmp_path, "0", "1")
+    volume, drawn = exam()
+    files.write_labels(labels / "1.nii.gz", 5 * (drawn.array == 1), volume)
+    (images / "1.nii.gz").write_bytes((images / "1.nii.gz").read_bytes()[:2000])
+    made = library.define_files(wide, images, labels, NAMES | {"lost": 5})
+    assert (made.defined, made.undrawn, list(made.failed)) == (["inner", "outer"], ["lost"], ["1"])
+    with pytest.raises(StructureError, match="lost"):
+        library.define_files(wide, images, labels, NAMES | {"lost": 5}, required=True)
+
+
+def test_memory_that_torch_runs_out_of_fails_one_exam(wide, known_maps, tmp_path, monkeypatch):
+    embed, asked = library.embed, []
+
+    def instead(model, volume):
+        asked.append(volume.name)
+        if volume.name == "1":
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] can't allocate memory: you tried to allocate 9e9 bytes"
+            )
+        return embed(model, volume)
+
+    monkeypatch.setattr(library, "embed", instead)
+    made = library.define_files(wide, *written(tmp_path, "0", "1"))
+    assert list(made.failed) == ["1"]
+    assert "memory" in made.failed["1"]
+    assert made.defined == ["inner", "outer"]
 
 
 @pytest.fixture

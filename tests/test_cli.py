@@ -487,6 +487,13 @@ def test_the_atlas_alone_and_aligned(call, taught, work):
     assert aligned.array[0, 0, 0] == -256
 
 
+@pytest.mark.parametrize("faults", ['{"organ": "one"}', '{"organ": 5}', '{"orgen": ["one"]}', '["organ"]'])
+def test_faults_that_would_leave_out_something_else_are_refused(call, trained, work, faults):
+    (work / "faults.json").write_text(faults)
+    common = ["-i", work / "images", "-l", work / "labels", "--names", work / "labels.json"]
+    refused(call("define", "-m", trained, *common, "-o", work / "new", "--exclude", work / "faults.json"), "xpected")
+
+
 def test_evaluate_and_against(call, taught, work):
     assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
     arguments = ["evaluate", "-p", work / "out", "-t", work / "labels", "--names", work / "labels.json", "-o"]
@@ -508,6 +515,10 @@ def test_evaluate_and_against(call, taught, work):
     assert less["against"]["structures"]["gland"]["dice"]["mean"] == 0
     (work / "faults.json").write_text("[")
     refused(call(*arguments, work / "x.json", "--exclude", work / "faults.json"), "faults.json")
+    (work / "x.csv").write_text("precious")
+    refused(call(*arguments, work / "x.json"), "x.csv")
+    refused(call(*arguments, work / "x.txt"), ".json")
+    assert (work / "x.csv").read_text() == "precious"
 
 
 def test_prepare_extends_a_cohort_and_lists_what_failed(call, work):

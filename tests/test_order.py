@@ -16,37 +16,37 @@ SOURCE = Path(deepatlas.__file__).parent
 ORDER = [
     *("errors", "shapes", "config", "machine"),
     *("kernels_cpu", "kernels_gpu", "grid", "affine", "warp", "losses", "augment", "metrics"),
-    *("volume", "dicom", "phantom", "files", "markups", "prepare", "transforms", "common_grid", "store", "masks"),
+    *("volume", "phantom", "files", "markups", "prepare", "transforms", "common_grid", "store", "masks"),
     *("networks", "autoencoder", "tissue", "atlas", "checkpoint"),
-    *("distributed", "loop", "objective", "fitting", "views", "pretrain", "finetune"),
+    *("loop", "objective", "fitting", "views", "pretrain", "finetune"),
     *(
         "embedding",
         "found",
         "dense",
+        "places",
         "classifier",
         "segmentation",
         "refine",
         "locate",
-        "places",
         "pairs",
         "regions",
         "register",
         "atlas_grid",
         "regseg",
+        "regseg_scores",
         "orientation",
         "consistency",
         "vote",
         "outputs",
         "cascade",
         "library",
-        "assess",
         "evaluate",
         "report",
         "demo",
     ),
     *("cli", "__main__"),
 ]
-EXAMS = {"volume", "dicom", "phantom", "files", "markups", "prepare", "transforms", "common_grid", "store", "masks"}
+EXAMS = {"volume", "phantom", "files", "markups", "prepare", "transforms", "common_grid", "store", "masks"}
 MODELS = {"networks", "autoencoder", "tissue", "atlas", "checkpoint"}
 DOOR = {"cli", "__main__", "__init__"}  # loads the rooms when they are asked for, so it answers for itself
 

@@ -47,13 +47,15 @@ def define(model: "Model", exam: str | Path, labels: str | Path, names: Mapping[
 
     image = read_exam(exam)
     taught = made(model, [(image, read_labels(labels, like=image))], names)
-    model.structures.update(taught.structures)
-    for name in model.segmented.keys() - taught.segmented.keys():
-        del model.segmented[name]
+    finer = {}
     if model.finer:
         from deepatlas.library import define_files
 
-        model.finer.update(define_files(model, Path(exam), Path(labels), dict(names)).model.finer)
+        finer = define_files(model, Path(exam), Path(labels), dict(names)).model.finer
+    model.structures.update(taught.structures)
+    for name in model.segmented.keys() - taught.segmented.keys():
+        del model.segmented[name]
+    model.finer.update(finer)
     return model
 
 

@@ -1,5 +1,19 @@
 """Errors a user can mend: one line that says what was expected, what came, and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def memory_as_such() -> Iterator[None]:
+    """Turn what PyTorch raises where memory runs out into the MemoryError that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
+
 
 class DeepAtlasError(Exception):
     """Base of every refusal. The command line prints the message and ends with exit code 1."""

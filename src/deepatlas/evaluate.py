@@ -163,22 +163,30 @@ def write_results(results: Results, path: Path) -> tuple[Path, Path]:
     Raises:
         LabelError: the path does not end in .json, or cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".json":
-        raise LabelError(f"Expected a path that ends in .json for the results, got {path}; the CSV goes beside it.")
+    path, table_path = Path(path), beside(path)
     text = json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     rows = io.StringIO(newline="")
     writer = csv.DictWriter(rows, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(_plain(results["cases"]))
-    beside = path.with_suffix(".csv")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, text)
-        _write_whole(beside, rows.getvalue())
+        _write_whole(table_path, rows.getvalue())
     except OSError as error:
         raise LabelError(f"Cannot write the results to {path} ({error}); choose a folder you may write to.") from error
-    return path, beside
+    return path, table_path
+
+
+def beside(path: Path) -> Path:
+    """Where the table of results goes.
+
+    Raises:
+        LabelError: the path of the results does not end in .json.
+    """
+    if Path(path).suffix.lower() != ".json":
+        raise LabelError(f"Expected a path that ends in .json for the results, got {path}; the CSV goes beside it.")
+    return Path(path).with_suffix(".csv")
 
 
 def table(results: Results) -> str:
@@ -289,12 +297,7 @@ def _check_names(names: dict[str, int], exclude: dict[str, list[str]]) -> None:
         raise LabelError(f"Expected names with whole numbers from 1 (0 is background), got {names}; mend the table.")
     if len(set(numbers)) < len(numbers):
         raise LabelError(f"Expected one number for each name, got {names}; two structures cannot share one.")
-    unknown = [name for name in exclude if name not in names]
-    if unknown:
-        raise LabelError(f"Expected structures among {list(names)} in the exclude list, got {unknown}; mend the names.")
-    for name, exams in exclude.items():
-        if isinstance(exams, str) or not all(isinstance(exam, str) for exam in exams):
-            raise LabelError(f'Expected a list of exam names to exclude for {name}, got {exams!r}; write ["exam", …].')
+    files.check_exclusions(exclude, names)
 
 
 def _label_maps(folder: Path) -> dict[str, Path]:

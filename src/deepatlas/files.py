@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -293,6 +294,20 @@ def read_names(path: Path | str) -> dict[str, int]:
             raise LabelError(f'{expected}, got "{name}": {number} twice or without a name; each may stand once.')
         names[name] = number
     return names
+
+
+def check_exclusions(exclude: dict[str, list[str]], names: Iterable[str]) -> None:
+    """Refuse a table of label faults, structure → exams, that would leave out something else in silence.
+
+    Raises:
+        LabelError: a structure that is not among the names, or exams that are not a list of names.
+    """
+    known = list(names)
+    if unknown := [name for name in exclude if name not in known]:
+        raise LabelError(f"Expected structures among {known} in the exclude list, got {unknown}; mend the names.")
+    for name, exams in exclude.items():
+        if not isinstance(exams, list) or not all(isinstance(exam, str) for exam in exams):
+            raise LabelError(f'Expected a list of exam names to exclude for {name}, got {exams!r}; write ["exam", …].')
 
 
 class _Pairs(list):

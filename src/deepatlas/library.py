@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from deepatlas import cascade, classifier, files
 from deepatlas.checkpoint import Model
 from deepatlas.classifier import Taught
 from deepatlas.embedding import Embedded, embed
-from deepatlas.errors import DeepAtlasError, LabelError, StructureError
+from deepatlas.errors import DeepAtlasError, LabelError, StructureError, memory_as_such
 from deepatlas.locate import define
 from deepatlas.outputs import reason
 from deepatlas.refine import refine
@@ -56,17 +57,24 @@ def define_files(
     Raises:
         ExamError, LabelError: nothing can be used. StructureError: nothing (or not everything required) is drawn.
     """
+    for name in names:
+        check_name(name)
     pairs = pair(exams, labels)
     failed: dict[str, str] = {}
-    read: dict[Path, Volume] = {}
+    label_paths = dict(pairs)
+
+    def labels_of(exam_path: Path) -> Volume:
+        drawn = files.read_labels(label_paths[exam_path])
+        return without_faults(drawn, files.exam_name(exam_path), names, exclude)
+
+    read: list[Path] = []
     drawn: set[int] = set()
     for exam_path, label_path in pairs:
         try:
-            read[exam_path] = without_faults(files.read_labels(label_path), files.exam_name(exam_path), names, exclude)
+            drawn |= set(np.unique(labels_of(exam_path).array).tolist())
+            read.append(exam_path)
         except DeepAtlasError as error:
             _note(failed, pairs, error, exam_path, label_path)
-            continue
-        drawn |= set(np.unique(read[exam_path].array).tolist())
     undrawn = [name for name, number in names.items() if number not in drawn]
     if read and (len(undrawn) == len(names) or (required and undrawn)):
         raise StructureError(
@@ -79,11 +87,12 @@ def define_files(
         for done, (exam_path, label_path) in enumerate(pairs, start=1):
             if exam_path in read:
                 try:
-                    exam = files.read_exam(exam_path)
-                    files.check_same_grid(read[exam_path], exam, label_path.name)
-                    embedded = embed(model, exam)
-                    maps.append(refine(model, exam, embedded) if refined else embedded)
-                    yield exam, read[exam_path]
+                    with memory_as_such():
+                        exam, labels = files.read_exam(exam_path), labels_of(exam_path)
+                        files.check_same_grid(labels, exam, label_path.name)
+                        embedded = embed(model, exam)
+                        maps.append(refine(model, exam, embedded) if refined else embedded)
+                    yield exam, labels
                 except (DeepAtlasError, MemoryError) as error:
                     _note(failed, pairs, error, exam_path, label_path)
             if on_done is not None:
@@ -92,53 +101,69 @@ def define_files(
             first = next(iter(failed.values()))
             raise LabelError(f"Expected labelled exams, but all {len(pairs)} failed; the first: {first}")
 
-    present = {name: number for name, number in names.items() if name not in undrawn}
-    made = define(model, labelled(), present, embedded=_in_order(maps))
-    usable = {path: one for path, one in read.items() if files.exam_name(path) not in failed}
-    made = _in_finer_models([made], usable, present, refined, failed)
+    wanted = {name: number for name, number in names.items() if name not in undrawn}
+    made = define(model, labelled(), wanted, embedded=_in_order(maps), required=required)
+    present = {n: k for n, k in wanted.items() if made.structures.get(n) is not model.structures.get(n)}
+    undrawn = [name for name in names if name not in present]
+    if not present:
+        raise StructureError(
+            f"{undrawn[0]}: no labelled exam has a voxel of number {names[undrawn[0]]} within the patient; "
+            "check the label map and the table of names."
+        )
+    usable = [path for path in read if files.exam_name(path) not in failed]
+    again = partial(_read_again, usable, labels_of, refined, failed)
+    made = _in_finer_models([made], present, again)
     looks: list[Taught] = []
     if learn:
-        again = _read_again([made], usable, refined, failed, on_done)
-        looks = classifier.taught([made.structures[name] for name in present], again, on_done=on_done)
+        known = [made.structures[name] for name in present]
+        looks = classifier.taught(known, again([made], on_done), on_done=on_done)
         made = made.with_structures(*(one.structure for one in looks))
     return Defined(made, list(present), undrawn, failed, looks)
 
 
 def _read_again(
-    models: list[Model],
-    labels: dict[Path, Volume],
+    exams: list[Path],
+    labels_of: Callable[[Path], Volume],
     refined: bool,
     failed: dict[str, str],
+    models: list[Model],
     on_done: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[tuple[Volume, Volume, Embedded]]:
     """Exams that were read before, their label maps and their coordinates by the last of models, each within the one
     before it. What does not show its cube is passed over, what cannot be read any more is noted."""
-    for done, (path, drawn) in enumerate(labels.items(), start=1):
+    for done, path in enumerate(exams, start=1):
         try:
-            exam = files.read_exam(path)
-            top = embed(models[0], exam)
-            embedded = cascade.embed_by(models, exam, refine(models[0], exam, top) if refined else top)
+            with memory_as_such():
+                exam, drawn = files.read_exam(path), labels_of(path)
+                top = embed(models[0], exam)
+                embedded = cascade.embed_by(models, exam, refine(models[0], exam, top) if refined else top)
         except (DeepAtlasError, MemoryError) as error:
             failed[files.exam_name(path)] = reason(error, path)
             embedded = None
         if embedded is not None:
             yield exam, drawn, embedded
         if on_done is not None:
-            on_done(done, len(labels), files.exam_name(path))
+            on_done(done, len(exams), files.exam_name(path))
 
 
 def _in_finer_models(
-    models: list[Model], labels: dict[Path, Volume], names: dict[str, int], refined: bool, failed: dict[str, str]
+    models: list[Model],
+    names: dict[str, int],
+    again: Callable[[list[Model]], Iterator[tuple[Volume, Volume, Embedded]]],
 ) -> Model:
     """The last of models, each within the one before it, with structures made anew in the finer models whose cubes
-    they lie in."""
+    they lie in.
+
+    Args:
+        again: reads the exams again, see `_read_again`.
+    """
     model, finer = models[-1], {}
     for key, one in model.finer.items():
         within = {n: k for n, k in names.items() if cascade.holds(model, one, model.structures[n])}
         maps: list[Embedded] = []
 
         def labelled(one: Model = one, maps: list[Embedded] = maps) -> Iterator[tuple[Volume, Volume]]:
-            for exam, drawn, embedded in _read_again([*models, one], labels, refined, failed):
+            for exam, drawn, embedded in again([*models, one]):
                 maps.append(embedded)
                 yield exam, drawn
 
@@ -147,7 +172,7 @@ def _in_finer_models(
         if within:
             one = define(one, labelled(), within, embedded=_in_order(maps), required=False)
         known = {n: within[n] for n in within if n in one.structures}
-        finer[key] = _in_finer_models([*models, one], labels, known, refined, failed)
+        finer[key] = _in_finer_models([*models, one], known, again)
     return replace(model, finer=finer)
 
 
@@ -177,6 +202,16 @@ def pair(exams: Path, labels: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that no list of names could hold.
+
+    Raises:
+        StructureError: it has a comma.
+    """
+    if "," in name:
+        raise StructureError(f"Expected a name without commas, which part names in lists, got {name!r}; change it.")
+
+
 def renamed(model: Model, old: str, new: str) -> Model:
     """The model with a structure under another name, in the same place of its library.
 
@@ -184,6 +219,7 @@ def renamed(model: Model, old: str, new: str) -> Model:
         StructureError: the old name is unknown, or the new one is empty or in use.
     """
     model.structure(old)
+    check_name(new)
     if not new.strip() or new in model.structures:
         raise StructureError(f"Expected a new name for {old}, got {new!r}, which is empty or in use; choose another.")
     structures = {new if name == old else name: one for name, one in model.structures.items()}

@@ -6,6 +6,7 @@ structure can lie is sampled. What is not in the scan is said to be absent, and 
 Source: §2.2 (a forward pass labels every voxel), §3.2.1 (propagation by linear resampling), §5.2.7 (structures).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from deepatlas import atlas, grid, kernels_cpu, tissue, warp
 from deepatlas.atlas import Drawn, Structure
 from deepatlas.checkpoint import Model
-from deepatlas.embedding import IN_VIEW, Embedded, Likeness, embed, likeness_of
+from deepatlas.embedding import IN_VIEW, Embedded, Likeness, embed, familiar, likeness_of
 from deepatlas.errors import StructureError
 from deepatlas.found import Found, extent
 from deepatlas.prepare import sample_mm
@@ -66,17 +67,23 @@ def define(
     Source: §5.2.7; see `deepatlas.atlas` for one exam and for several.
     """
     maps = iter(embedded)
-    samples = [_Labelled.read(model, exam, labels, names, next(maps, None)) for exam, labels in exams]
+    samples: list[_Labelled] = []
+    for exam, labels in exams:
+        samples.append(_Labelled.read(model, exam, labels, names, next(maps, None)))
+        samples = _lightened(samples)
     if not required:
-        names = {name: number for name, number in names.items() if any((s.values == number).any() for s in samples)}
+        names = {name: number for name, number in names.items() if any(number in s.shown for s in samples)}
     return model.with_structures(*(_made(model, name, number, samples) for name, number in names.items()))
 
 
 class _Labelled(NamedTuple):
     """A labelled exam, reduced to what structures are made of."""
 
-    embedded: Embedded
-    labels: Volume
+    embedded: Embedded | None
+    labels: Volume | None
+    """Both only while no other exam shows one of the structures, see `_lightened`."""
+    shown: frozenset[int]
+    """Numbers of the structures that it shows."""
     c_atlas: Tensor
     """(3, point): coordinates of the label map's voxels (thinned where it is fine) in the patient."""
     values: np.ndarray
@@ -101,7 +108,9 @@ class _Labelled(NamedTuple):
         c = grid.sample(embedded.c_atlas, box[:, :, here])[0]
         around = grid.sample(torch.from_numpy(embedded.prepared.hu)[None, None], box[:, :, here])[0, 0].numpy()
         index = tuple(index[here.numpy()].T)
-        return cls(embedded, labels, c, labels.array[index], exam.array[index], around)
+        values = labels.array[index]
+        shown = frozenset(np.unique(values).tolist()) & set(names.values())
+        return cls(embedded, labels, shown, c, values, exam.array[index], around)
 
     def tissue(self, structure: Structure) -> Tensor:
         """What the structure and what is next to it looks like here."""
@@ -134,10 +143,19 @@ class _Labelled(NamedTuple):
         return Drawn(self.c_atlas[:, near], inside[near])
 
 
+def _lightened(samples: list[_Labelled]) -> list[_Labelled]:
+    """Samples without what only a structure needs that no other exam shows: the map and the label map."""
+    times = Counter(number for one in samples for number in one.shown)
+    return [
+        one if any(times[number] == 1 for number in one.shown) else one._replace(embedded=None, labels=None)
+        for one in samples
+    ]
+
+
 def _made(model: Model, name: str, number: int, samples: list[_Labelled]) -> Structure:
     spacing_mm = 2.0
     per_mm = torch.from_numpy(1 / np.linalg.norm(model.atlas_to_mm.numpy()[:3, :3], axis=0)).float()
-    with_it = [s for s in samples if (s.values == number).any()]
+    with_it = [s for s in samples if number in s.shown]
     if not with_it:
         raise StructureError(
             f"{name}: no labelled exam has a voxel of number {number} within the patient; "
@@ -190,13 +208,12 @@ def locate(
     """
     wanted = [model.structure(name) for name in (model.structures if structures is None else structures)]
     embedded = embedded or settled(model, exam, embed(model, exam))
-    alike = likeness_of(model, embedded)
-    embedded = embedded._replace(alike=alike)
-    known = alike.of_exam() >= model.familiar
+    embedded = embedded._replace(alike=likeness_of(model, embedded))
+    known = familiar(model, embedded)
     coverages = [reached if known else 0.0 for reached in _coverages(wanted, embedded)]
     # an exam unlike any that was learned has coordinates without meaning
     claims = _claim(wanted, coverages, embedded, exam)
-    found = {one.name: _found(one, n, coverages[n], claims, exam, alike) for n, one in enumerate(wanted)}
+    found = {one.name: _found(one, n, coverages[n], claims, exam, embedded.alike) for n, one in enumerate(wanted)}
     found = redrawn_by_classifiers(model, exam, embedded, found)
     return redrawn_by_head(model, exam, embedded, found) if model.segmented else found
 

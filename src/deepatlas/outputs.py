@@ -15,7 +15,7 @@ import numpy as np
 
 from deepatlas import checkpoint, files, transforms
 from deepatlas.checkpoint import Model
-from deepatlas.errors import DeepAtlasError, ExamError, StructureError
+from deepatlas.errors import DeepAtlasError, ExamError, StructureError, memory_as_such
 from deepatlas.files import Exam
 from deepatlas.found import Found
 from deepatlas.transforms import Transform
@@ -173,7 +173,8 @@ def each(
     failed = {}
     for done, path in enumerate(paths, start=1):
         try:
-            work(path)
+            with memory_as_such():
+                work(path)
         except (DeepAtlasError, MemoryError) as error:
             failed[files.exam_name(path)] = reason(error, path)
         if on_done is not None:

@@ -26,7 +26,8 @@ FOREGROUND_HU = -900.0
 FOREGROUND_SIGMA = 0.7
 FOREGROUND_LEAST = 0.01
 BODY_LEAST = 0.001
-"""The first pass of `region="body"` may find this little: a slab of neck filled 0.6 % of a real field of view."""
+"""The first pass of `region="body"`, and a fixed cube, may hold this little: a slab of neck filled 0.6 % of a real
+field of view."""
 
 COARSE_SIZE = 64
 
@@ -98,7 +99,7 @@ def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
         region: "body", "exam", or the edge of a cube such as "320mm".
 
     Raises:
-        ExamError: the volume is too thin, or less than 1 % of what is prepared is foreground.
+        ExamError: the volume is too thin, or less than 1 % of what is prepared is foreground (of a fixed cube .1 %).
 
     Source: §5.5.2–3; `region="body"` is ours.
     """

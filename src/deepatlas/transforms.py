@@ -53,6 +53,10 @@ def moved(
     return result
 
 
+SLAB = 16
+"""Planes of an exam that are differentiated in one go."""
+
+
 def displacement(transform: Transform, fixed: Volume) -> np.ndarray:
     """Φ(x) − x in mm at every voxel of the fixed exam, as ITK stores it: (i, j, k, 1, 3), LPS, float32."""
     result = np.empty((*fixed.shape, 1, 3), dtype=np.float32)
@@ -63,8 +67,13 @@ def displacement(transform: Transform, fixed: Volume) -> np.ndarray:
 
 def jacobian(vectors: np.ndarray, fixed: Volume) -> np.ndarray:
     """det of Φ's Jacobian at every voxel of the fixed exam, (i, j, k) float32, from its `displacement`."""
-    shift = np.moveaxis(vectors[:, :, :, 0] * [-1, -1, 1], -1, 0)
-    return np.linalg.det(np.eye(3) + _gradient(shift, fixed.affine)).astype(np.float32)
+    result = np.empty(fixed.shape, dtype=np.float32)
+    for first in range(0, len(result), SLAB):  # the derivatives of a whole exam take many times its memory
+        block = slice(max(first - 1, 0), first + SLAB + 1)
+        shift = np.moveaxis(vectors[block, :, :, 0] * [-1, -1, 1], -1, 0)
+        found = np.linalg.det(np.eye(3) + _gradient(shift, fixed.affine))
+        result[first : first + SLAB] = found[first - block.start :][:SLAB]
+    return result
 
 
 def folded(transform: Transform, fixed: Volume) -> float:

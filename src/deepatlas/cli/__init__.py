@@ -14,7 +14,7 @@ import typer
 import deepatlas
 from deepatlas.cli import answers, geometry, library, regseg, showing, training
 from deepatlas.cli.speech import complain
-from deepatlas.errors import DeepAtlasError
+from deepatlas.errors import DeepAtlasError, memory_as_such
 
 app = typer.Typer(
     help="An anatomical coordinate for every voxel, learned from unlabeled CT: mark a structure once, find it in "
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow the program beside by a factor of 10
     warnings.filterwarnings("ignore", module=r"deepatlas\..*")  # what was repaired stands in the answer
     try:
-        app(arguments, prog_name="deepatlas")
+        with memory_as_such():
+            app(arguments, prog_name="deepatlas")
     except DeepAtlasError as error:
         complain(str(error))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Commands that answer about exams: locate, embed, atlas, evaluate."""
+"""Commands that answer about exams: locate, propose, vote, embed, atlas, evaluate."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from deepatlas.cli.options import (
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import load, mapped, names_in, read_json, table_of_names
+from deepatlas.cli.reading import label_faults, load, mapped, names_in, table_of_names
 from deepatlas.cli.speech import counting, each_exam, end
 from deepatlas.errors import DeepAtlasError, ModelError, StructureError
 
@@ -103,7 +103,7 @@ def vote(
     paths = files.find_exams(inputs)
     loaded = load(checkpoint.find(model), device)
     table = {name: number for name, number in table_of_names(names, structures).items() if loaded.structure(name)}
-    faults = read_json(exclude, dict) if exclude else None
+    faults = label_faults(exclude, names)
     outputs.claim((p for path in paths for p in outputs.answer_paths(output, files.exam_name(path))), overwrite)
 
     def fine(exam: files.Exam) -> Prepared | None:
@@ -270,9 +270,9 @@ def evaluate(
     from deepatlas import files, outputs
 
     table = files.read_names(names)
-    left_out = read_json(exclude, dict) if exclude else None
+    left_out = label_faults(exclude, names)
     other = scoring.read_results(against) if against else None
-    outputs.claim([output], overwrite)
+    outputs.claim([output, scoring.beside(output)], overwrite)
     results = scoring.evaluate(predictions, truth, table, left_out)
     if other is not None:
         results["against"] = scoring.against(results, other)

@@ -16,7 +16,7 @@ from deepatlas.cli.options import (
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import own, read_json, table_of_names
+from deepatlas.cli.reading import label_faults, own, table_of_names
 from deepatlas.cli.speech import counting, end
 from deepatlas.errors import ModelError
 
@@ -50,7 +50,7 @@ def define(
     if output is not None:
         outputs.claim([output / "model.json"], overwrite=False)
     table = table_of_names(names, structures)
-    faults = read_json(exclude, dict) if exclude else None
+    faults = label_faults(exclude, names)
     base = checkpoint.load(folder)
     with counting("Defining") as count:
         made = define_files(base, inputs, labels, table, structures is not None, faults, refined, learn, count)

@@ -1,4 +1,4 @@
-"""The application, and the options that commands share."""
+"""Options that commands share."""
 
 from pathlib import Path
 from typing import Annotated

@@ -56,9 +56,11 @@ def train(
     from deepatlas import checkpoint, common_grid, files, regseg
     from deepatlas.atlas_grid import AtlasGrid
     from deepatlas.config import REGSEG_CT, RegSeg
+    from deepatlas.loop import check_folder
 
     if (start is None) != (roi is None):
         raise typer.BadParameter("--start and --roi belong together.", param_hint="--roi")
+    check_folder(output, resume)  # before minutes of reading
     atlas = AtlasGrid.of(checkpoint.load(checkpoint.find(start)), roi) if start else None
     left = set(files.read_list(leave_out)) if leave_out else set()
     paths = {files.exam_name(path): path for path in files.find_exams(images)}

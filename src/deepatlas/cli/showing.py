@@ -18,7 +18,7 @@ def phantoms(
     """Write procedural CT exams with known anatomy: images/, labels/ and labels.json."""
     from deepatlas import outputs, phantom
 
-    outputs.claim([output / "labels.json"], overwrite)
+    outputs.claim(phantom.cohort_paths(output, count), overwrite)
     phantom.write_cohort(output, count, seed)
     typer.echo(f"{output}: {count} exams in images/, their {len(phantom.STRUCTURES)} structures in labels/.")
 

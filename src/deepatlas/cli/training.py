@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepatlas.cli.options import DeviceOption, ExamsOption
-from deepatlas.cli.reading import check_device, choice, names_in, read_json, table_of_names
+from deepatlas.cli.reading import check_device, choice, label_faults, names_in, table_of_names
 from deepatlas.cli.speech import counting, end, training
 from deepatlas.errors import DeepAtlasError
 
@@ -112,7 +112,7 @@ def _drawn(cohort: Path, labels: Path, names: Path, in_part: str | None, exclude
     """Read the label maps of a cohort."""
     from deepatlas import masks
 
-    faults = read_json(exclude, dict) if exclude else None
+    faults = label_faults(exclude, names)
     with counting("Reading labels") as count:
         drawn = masks.read(cohort, labels, table_of_names(names, None), names_in(in_part), faults, count)
     typer.echo(f"Labels: {drawn}.")

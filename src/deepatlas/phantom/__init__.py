@@ -13,7 +13,7 @@ Chance is drawn in `draw_deformation`, `draw_appearance` and `draw_acquisition`,
 """
 
 from deepatlas.phantom.bending import Deformation, draw_deformation
-from deepatlas.phantom.cohorts import PhantomExam, cohort_exam, draw, write_cohort
+from deepatlas.phantom.cohorts import PhantomExam, cohort_exam, cohort_paths, draw, write_cohort
 from deepatlas.phantom.looks import AIR_HU, STRUCTURES, Appearance, draw_appearance
 from deepatlas.phantom.organs import anatomy
 from deepatlas.phantom.scanner import FIELDS_OF_VIEW, Acquisition, acquire, draw_acquisition
@@ -29,6 +29,7 @@ __all__ = [
     "acquire",
     "anatomy",
     "cohort_exam",
+    "cohort_paths",
     "draw",
     "draw_acquisition",
     "draw_appearance",

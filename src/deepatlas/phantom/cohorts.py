@@ -71,7 +71,17 @@ def cohort_exam(index: int, seed: int, fields_of_view: Sequence[str] = tuple(FIE
     field_of_view = "whole"
     if index > 0:
         field_of_view = _draw_field_of_view(np.random.default_rng([seed, index, 1]), fields_of_view)
-    return draw([seed, index], field_of_view, name=f"phantom_{index:03d}")
+    return draw([seed, index], field_of_view, name=_name(index))
+
+
+def cohort_paths(folder: Path, count: int) -> list[Path]:
+    """The files that `write_cohort` writes."""
+    exams = [folder / part / f"{_name(index)}.nii.gz" for part in ("images", "labels") for index in range(count)]
+    return [folder / "labels.json", *exams]
+
+
+def _name(index: int) -> str:
+    return f"phantom_{index:03d}"
 
 
 def write_cohort(
