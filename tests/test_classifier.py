@@ -17,7 +17,23 @@ from deepatlas.errors import ModelError
 from deepatlas.locate import define, locate
 from deepatlas.networks import CoordinateNetwork, VoxelClassifier
 from deepatlas.volume import Volume, apply
-from exact import CENTRE, FRAME, OTHER, RADII, RADIUS, balls, blank, dice, exact, in_body, places_of, scan
+from exact import (
+    CENTRE,
+    FRAME,
+    OTHER,
+    RADII,
+    RADIUS,
+    affine_of,
+    balls,
+    blank,
+    dice,
+    exact,
+    in_body,
+    moved_by,
+    places_of,
+    rotated,
+    scan,
+)
 
 QUICK = Classifying(least_exams=6, width=24, points=30_000, batch=1024, together=128, rate=4e-3, warm_up=10)
 SHIFTS = np.array([[6, 0, -5], [-7, 4, 0], [0, -6, 6], [5, 5, 5], [-5, -4, -6], [0, 7, 0], [-6, 0, 6], [4, -6, -4]])
@@ -85,6 +101,16 @@ def test_what_is_seen_lies_where_it_says(model, on_a_ramp):
     assert len(far[far < RADIUS - 8]) == (everywhere < RADIUS - 8).sum()
     middle = on_a_ramp.own_box[np.linalg.norm(points - CENTRE, axis=-1).argmin()]
     assert middle.abs().max() < 0.2
+
+
+def test_the_grid_stands_upright_however_the_patient_lies(model):
+    pose = affine_of(rotated((20, -30, 170)), (15, -10, 20))
+    exam, _ = scan((4, 4, 4), low=(-250, -250, -250), high=(250, 250, 250), body=moved_by(pose))
+    ball = model.structures["ball"]
+    seen = surroundings(ball, exam, exact(model, exam, body=moved_by(pose)))
+    still = surroundings(ball, *(lambda one: (one, exact(model, one)))(scan((4, 4, 4))[0]))
+    np.testing.assert_allclose(seen.affine[:3, :3], STEP_MM * pose[:3, :3].T, atol=0.1)
+    assert 0.8 < len(seen.points) / len(still.points) < 1.25
 
 
 def test_a_point_is_shown_what_surrounds_it(on_a_ramp):
@@ -165,6 +191,14 @@ def test_learning_repeats_itself(samples):
     assert first[1:] == second[1:]
     for one, other in zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_samples_come_back_from_disk(samples, tmp_path):
+    samples[0].write(tmp_path / "one.npz")
+    back = Sample.read(tmp_path / "one.npz")
+    for before, after in zip([*samples[0].seen, *samples[0][1:]], [*back.seen, *back[1:]], strict=True):
+        np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
+        assert type(before) is type(after)
 
 
 def test_a_look_that_few_exams_show_is_not_learned(model, labelled):

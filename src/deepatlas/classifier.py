@@ -11,9 +11,8 @@ from it: so the level of the structure is chosen, and whether the classifier is 
 Source: ours; auto-context (Tu and Bai 2010), where classifiers of voxels are given the odds of an earlier answer.
 """
 
-import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +29,12 @@ from deepatlas.atlas import LEVELS, SUREST, Structure
 from deepatlas.config import Classifying
 from deepatlas.embedding import Embedded
 from deepatlas.networks import VoxelClassifier
+from deepatlas.places import linear_to_atlas, nearest_rotation
 from deepatlas.prepare import sample_mm
 from deepatlas.volume import Volume, apply, corners_mm, planes_mm
 
 STEP_MM = 3.0
-"""Spacing of the grid along R, A, S on which points and what surrounds them lie."""
+"""Spacing of the grid on which points and what surrounds them lie."""
 
 REACH = 3
 """Nodes of the HU seen on every side of a point; of those twice as far apart, as many."""
@@ -103,19 +103,22 @@ class Surroundings(NamedTuple):
 
 
 def surroundings(structure: Structure, exam: Volume, embedded: Embedded) -> Surroundings | None:
-    """What there is to see of a structure in an exam; None where it lies nowhere in it."""
+    """What there is to see of a structure in an exam; None where it lies nowhere in it.
+
+    The grid stands upright as the map says, however the patient lies in the file.
+    """
     size = embedded.prepared.size
     member = structure.membership(embedded.c_atlas)[0, 0].numpy() > 0
     nodes = np.argwhere(member & embedded.prepared.foreground)
     if not len(nodes):
         return None
-    ends = np.stack([nodes.min(axis=0) - 1, nodes.max(axis=0) + 1])
-    corners = np.stack(np.meshgrid(*ends.T, indexing="ij"), axis=-1).reshape(-1, 3)
-    corners = apply(embedded.prepared.box_to_mm, corners / (size - 1) * 2 - 1)
-    first = np.floor(corners.min(axis=0) / STEP_MM) - MARGIN
-    shape = tuple(int(n) for n in np.ceil(corners.max(axis=0) / STEP_MM) + MARGIN - first + 1)
-    affine = np.diag([STEP_MM] * 3 + [1.0])
-    affine[:3, 3] = first * STEP_MM
+    affine = np.eye(4)
+    affine[:3, :3] = STEP_MM * nearest_rotation(linear_to_atlas(embedded)).T
+    to_grid = np.linalg.inv(affine) @ embedded.prepared.box_to_mm
+    places = apply(to_grid, nodes / (size - 1) * 2 - 1)
+    reach = MARGIN + np.abs(to_grid[:3, :3]).sum(axis=1) * 2 / (size - 1)
+    affine[:3, 3] = apply(affine, places.min(axis=0) - reach)
+    shape = tuple(int(n) for n in np.ceil(np.ptp(places, axis=0) + 2 * reach) + 1)
     near = torch.from_numpy(_hu(exam, affine, shape)).clamp(LOWEST_HU, HIGHEST_HU) / UNIT_HU
     box = apply(np.linalg.inv(embedded.prepared.box_to_mm) @ affine, np.moveaxis(np.indices(shape), 0, -1))
     box = torch.from_numpy(np.moveaxis(box, -1, 0).astype(np.float32))[None]
@@ -238,6 +241,20 @@ class Sample(NamedTuple):
         count = int(drawn[tuple(slice(None, None, n) for n in every)].sum())
         return cls(seen, torch.from_numpy(share).half(), index, moved, inside, count)
 
+    def write(self, path: Path) -> None:
+        """To a file of its own."""
+        seen = {name: np.asarray(value) for name, value in self.seen._asdict().items()}
+        np.savez(path, **seen, **{name: np.asarray(value) for name, value in self._asdict().items() if name != "seen"})
+
+    @classmethod
+    def read(cls, path: Path) -> "Sample":
+        """What `write` wrote."""
+        with np.load(path) as file:
+            seen = (torch.from_numpy(file[name]) for name in Surroundings._fields[1:])
+            rest = (file[name] for name in ("index", "moved", "inside"))
+            share = torch.from_numpy(file["share"])
+            return cls(Surroundings(file["affine"], *seen), share, *rest, int(file["drawn"]))
+
     def scores(self, odds: Float[np.ndarray, "i j k"]) -> Float[np.ndarray, "weight level"]:
         """Dice on the exam's own voxels with each of `HU_WEIGHTS`, at each of `LEVELS`.
 
@@ -269,7 +286,7 @@ def taught(
 ) -> list[Taught]:
     """Learn how structures look, of those that enough exams show.
 
-    What is learned from waits in a temporary folder, one file for each structure: only one of them is held in memory.
+    What is learned from waits in a temporary folder: that of one structure at a time is held in memory.
 
     Args:
         structures: of one model, made from these exams.
@@ -278,29 +295,20 @@ def taught(
     """
     how, structures, result = how or Classifying(), list(structures), []
     with tempfile.TemporaryDirectory() as folder:
-        waiting = [Path(folder, str(number)) for number in range(len(structures))]
+        waiting: list[list[Path]] = [[] for _ in structures]
         for exam, labels, embedded in labelled:
-            for one, path in zip(structures, waiting, strict=True):
+            for number, (one, own) in enumerate(zip(structures, waiting, strict=True)):
                 if (sample := Sample.of(one, exam, labels, embedded)) is not None:
-                    with path.open("ab") as file:
-                        pickle.dump(sample, file)
-        for done, (one, path) in enumerate(zip(structures, waiting, strict=True), start=1):
-            own = list(_waiting(path))
+                    own.append(Path(folder, f"{number}-{len(own)}.npz"))
+                    sample.write(own[-1])
+        for done, (one, own) in enumerate(zip(structures, waiting, strict=True), start=1):
             if len(own) >= how.least_exams:
-                network, alone, learned = learn(own, how)
+                network, alone, learned = learn([Sample.read(path) for path in own], how)
                 better = replace(one, classifier=network) if learned > alone else one
                 result.append(Taught(better, len(own), alone, learned))
             if on_done is not None:
                 on_done(done, len(structures), one.name)
     return result
-
-
-def _waiting(path: Path) -> Iterator[Sample]:
-    """What `taught` wrote to a file of its own."""
-    path.touch()
-    with path.open("rb") as file:
-        while file.peek(1):
-            yield pickle.load(file)
 
 
 def learn(samples: list[Sample], how: Classifying) -> tuple[VoxelClassifier, float, float]:
