@@ -207,6 +207,7 @@ def points(place, **more) -> dict:
         ("p.csv", "name,x,y,z\na,1,2\n", "'a'"),
         ("p.csv", "name,x,y,z\na,1,2,nan\n", "finite"),
         ("p.csv", "name,x,y,z\na,,,\n", "at least one"),
+        ("p.csv", "name,x,y,z\na,1,5,2,5,3,5\n", "1.5"),
         ("p.csv", "name,x,y,z\na,1,2,3\na,4,5,6\n", "twice"),
         ("p.mrk.json", {"markups": 5}, "markups"),
         ("p.mrk.json", {"markups": ["a"]}, "markups"),
