@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deepatlas.transforms import Transform, displacement, jacobian, moved
+from deepatlas.transforms import SLAB, Transform, displacement, jacobian, moved
 from deepatlas.volume import Volume, apply, reorder
 from exact import affine_of, places_of, rotated
 
@@ -63,6 +63,14 @@ def test_the_jacobian_map_of_an_exam_is_that_of_the_transform(stored):
     change = jacobian(field, volume)
     assert (change.shape, change.dtype) == (volume.shape, np.float32)
     np.testing.assert_allclose(change, np.linalg.det(LINEAR[:3, :3] + GRADIENT), atol=1e-4)
+
+
+def test_the_jacobian_map_has_no_seams_between_its_slabs():
+    field = np.random.default_rng(0).normal(0, 2, (2 * SLAB + 1, 5, 4, 1, 3)).astype(np.float32)
+    volume = Volume(np.zeros(field.shape[:3], np.int16), np.diag([2.0, 3, 4, 1]))
+    vectors = field[:, :, :, 0] * [-1, -1, 1]  # RAS
+    along = np.stack(np.gradient(vectors, axis=(0, 1, 2)), axis=-1) / [2, 3, 4]
+    np.testing.assert_allclose(jacobian(field, volume), np.linalg.det(np.eye(3) + along), atol=1e-4)
 
 
 @pytest.mark.parametrize("stored", STORED)
