@@ -436,7 +436,7 @@ def test_a_region_around_structures_has_its_margin(call, model, images):
     for name, listed, margin in (("tight", "organ", 0), ("wide", "organ", 12), ("both", "organ,gland", 0)):
         code, said, _ = call("roi", "-m", model, "--name", name, "--structures", listed, "--margin", margin)
         assert code == 0
-        assert said.startswith(f"{name}: ")
+        assert said.startswith(f"{name}: ") and said.endswith("mm in the seed exam.\n")
         low, high = checkpoint.load(model).regions[name].box_atlas.numpy()
         sizes[name] = (high - low) * np.linalg.norm(checkpoint.load(model).atlas_to_mm.numpy()[:3, :3], axis=0)
         assert [float(word) for word in said.split(":")[1].split(" mm")[0].split("×")] == pytest.approx(
@@ -457,6 +457,7 @@ def test_a_region_is_a_box_drawn_on_an_exam_and_replaces_one_of_its_name(call, m
     code, said, _ = call(*common)
     assert code == 0
     assert "60 × 50 × 70 mm" in said
+    assert "instead of the one before" in said
     assert "80 × 70 × 90 mm" in call(*common, "--margin", 10)[1]
     assert list(checkpoint.load(model).regions) == ["mid"]
 

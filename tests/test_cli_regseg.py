@@ -572,3 +572,10 @@ def test_the_transform_on_disk_is_the_one_of_the_library(call, known, images, tm
     np.testing.assert_array_equal(
         array_of(tmp_path / "out" / "displacement.nii.gz"), transforms.displacement(found, fixed)
     )
+
+
+def test_info_tells_of_a_pair_of_networks(call):
+    about = json.loads(call("info", "hippocampus-regseg", "--json")[1])
+    assert about["structures"][0] == {"name": "hippocampus_anterior", "label": 1}
+    assert (about["grid"], about["spacing_mm"]) == ("48 × 64 × 48", "1 × 1 × 1")
+    assert "hippocampus_posterior (2)" in call("info", "hippocampus-regseg")[1]

@@ -240,7 +240,8 @@ def _add_list(folder: Path, name: str, device: str) -> None:
 
 def _extent(model: "Model", region: "Region") -> str:
     edges = (region.box_atlas[1] - region.box_atlas[0]).double() * model.atlas_to_mm[:3, :3].norm(dim=0)
-    return f"{region.name}: {' × '.join(f'{edge:.0f}' for edge in edges)} mm in the seed exam."
+    instead = ", instead of the one before" if region.name in model.regions else ""
+    return f"{region.name}: {' × '.join(f'{edge:.0f}' for edge in edges)} mm in the seed exam{instead}."
 
 
 def crop(

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from deepatlas.cli.options import (
 from deepatlas.cli.reading import label_faults, own, table_of_names
 from deepatlas.cli.speech import counting, end
 from deepatlas.errors import ModelError
+
+if TYPE_CHECKING:
+    from deepatlas import checkpoint, regseg
 
 
 def define(
@@ -157,28 +160,47 @@ def models(as_json: JsonOption = False) -> None:
 
 
 def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], as_json: JsonOption = False) -> None:
-    """Describe a model: its sizes, its seed exam, its structures."""
-    from deepatlas import checkpoint
+    """Describe a model of either kind: what it sees, its sizes, its structures."""
+    from deepatlas import checkpoint, regseg
 
-    loaded = checkpoint.load(checkpoint.find(model))
-    about: dict[str, Any] = {
-        "name": loaded.name,
-        "version": checkpoint.VERSION,
-        "parameters": sum(p.numel() for p in loaded.network.parameters()),
-        "size": loaded.size,
-        "region": loaded.region,
-        "level": loaded.level,
-        "seed_exam": loaded.seed_exam,
-        "structures": [{"name": s.name, "label": s.label, "exams": s.exams} for s in loaded.structures.values()],
-        "looks": [s.name for s in loaded.structures.values() if s.classifier is not None],
-        "fine-tuned": sorted(loaded.fine_tuned),
-    }
+    folder = checkpoint.find(model)
+    kind = checkpoint.describe(folder, kind=None, version=None)["format"]
+    about = _about_pair(regseg.load(folder)) if kind == regseg.FORMAT else _about_map(checkpoint.load(folder))
     if as_json:
         typer.echo(json.dumps(about))
         return
-    names = [f"{one['name']} ({one['label']})" for one in about.pop("structures")]
-    for key in ("looks", "fine-tuned"):
-        about[key] = ", ".join(about[key]) or "none"
+    about["structures"] = [f"{one['name']} ({one['label']})" for one in about["structures"]]
     for key, value in about.items():
-        typer.echo(f"{key:<11} {value}")
-    typer.echo(f"structures  {', '.join(names) or 'none'}")
+        typer.echo(f"{key:<11} {', '.join(value) or 'none' if isinstance(value, list) else value}")
+
+
+def _about_map(model: "checkpoint.Model") -> dict[str, Any]:
+    from deepatlas import checkpoint
+
+    return {
+        "name": model.name,
+        "version": checkpoint.VERSION,
+        "parameters": sum(p.numel() for p in model.network.parameters()),
+        "size": model.size,
+        "region": model.region,
+        "level": model.level,
+        "seed_exam": model.seed_exam,
+        "looks": [s.name for s in model.structures.values() if s.classifier is not None],
+        "fine-tuned": sorted(model.fine_tuned),
+        "finer": list(model.finer),
+        "structures": [{"name": s.name, "label": s.label, "exams": s.exams} for s in model.structures.values()],
+    }
+
+
+def _about_pair(model: "regseg.Model") -> dict[str, Any]:
+    """Of a registration and a segmentation network."""
+    from deepatlas import regseg
+
+    return {
+        "name": model.name,
+        "version": regseg.VERSION,
+        "parameters": sum(p.numel() for network in model.networks for p in network.parameters()),
+        "grid": " × ".join(map(str, model.frame.shape)),
+        "spacing_mm": " × ".join(f"{step:g}" for step in model.frame.spacing_mm),
+        "structures": [{"name": name, "label": label} for name, label in model.classes.items()],
+    }
