@@ -436,7 +436,8 @@ def test_a_region_around_structures_has_its_margin(call, model, images):
     for name, listed, margin in (("tight", "organ", 0), ("wide", "organ", 12), ("both", "organ,gland", 0)):
         code, said, _ = call("roi", "-m", model, "--name", name, "--structures", listed, "--margin", margin)
         assert code == 0
-        assert said.startswith(f"{name}: ") and said.endswith("mm in the seed exam.\n")
+        assert said.startswith(f"{name}: ")
+        assert said.endswith("mm in the seed exam.\n")
         low, high = checkpoint.load(model).regions[name].box_atlas.numpy()
         sizes[name] = (high - low) * np.linalg.norm(checkpoint.load(model).atlas_to_mm.numpy()[:3, :3], axis=0)
         assert [float(word) for word in said.split(":")[1].split(" mm")[0].split("×")] == pytest.approx(
