@@ -289,6 +289,32 @@ def test_a_run_on_other_exams_keeps_what_failed_before(call, taught, work):
     assert list(json.loads((work / "out" / "failed.json").read_text())) == ["bad"]
 
 
+def test_a_folder_is_resumed(call, taught, work):
+    """As after Ctrl-C: one exam has its answer, of another only the label map was written, a third is broken."""
+    images = work / "images"
+    for name in ("half", "new"):
+        shutil.copy(images / "one.nii.gz", images / f"{name}.nii.gz")
+    (images / "bad.nii.gz").write_bytes(b"not a NIfTI")
+    arguments = ["locate", "-m", taught, "-o", work / "out", "--structures", "organ", "-i"]
+    assert call(*arguments, images / "one.nii.gz")[0] == 0
+    (work / "out" / "one_seg.nii.gz").write_bytes(b"mine")
+    (work / "out" / "half_seg.nii.gz").write_bytes(b"a part")
+    refused(call(*arguments, images), "--overwrite")
+    code, out, err = call(*arguments, images, "--resume")
+    assert code == 3
+    assert [line.split(":")[0] for line in out.splitlines()] == ["half", "new"]
+    assert "failed: bad: " in err
+    assert (work / "out" / "one_seg.nii.gz").read_bytes() == b"mine"
+    assert set(np.unique(np.asarray(nib.load(work / "out" / "half_seg.nii.gz").dataobj))) == {0, 7}
+    save(images / "bad.nii.gz", anatomy()[0])
+    assert call(*arguments, images, "--resume")[0] == 0
+    assert (work / "out" / "bad.json").exists()
+    assert not (work / "out" / "failed.json").exists()
+    assert call(*arguments, images, "--resume")[:2] == (0, "")
+    for wrong in ("--overwrite", "--report"):
+        assert call(*arguments, images, "--resume", wrong)[0] == 2
+
+
 def test_existing_outputs_are_kept_unless_told(call, taught, work):
     arguments = ["locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--structures", "organ"]
     assert call(*arguments)[0] == 0

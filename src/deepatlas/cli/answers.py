@@ -39,14 +39,18 @@ def locate(
     cascade: CascadeOption = False,
     pictured: Annotated[bool, typer.Option("--report", help="Write report.html too: pictures and a table.")] = False,
     overwrite: OverwriteOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Pass over exams that have an answer already.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Find structures in an exam, or in every exam of a folder, on the exam's own grid.
 
     Writes `<exam>_seg.nii.gz` and `<exam>.json`; what failed stands in `failed.json`.
     """
+    if resume and (overwrite or pictured):
+        raise typer.BadParameter("Give it without --overwrite and --report.", param_hint="--resume")
     page = output / "report.html" if pictured else None
-    _answer(model, inputs, output, structures, Care(refined, copies, orient), cascade, overwrite, device, page)
+    care = Care(refined, copies, orient)
+    _answer(model, inputs, output, structures, care, cascade, overwrite, device, page, resume=resume)
 
 
 def propose(
@@ -152,9 +156,10 @@ def _answer(
     device: str,
     page: Path | None = None,
     failing: bool = True,
+    resume: bool = False,
 ) -> Answers:
     """Locate in every exam and write the answers, with pictures on a page where one is wanted; ends with the exit code
-    for what failed unless told otherwise."""
+    for what failed unless told otherwise. To resume is to pass over exams whose JSON, which is written last, exists."""
     from deepatlas import checkpoint, dense, files, outputs
     from deepatlas.locate import locate as find
 
@@ -173,8 +178,10 @@ def _answer(
     if not wanted:
         raise StructureError(f"The model {loaded.name} knows no structure yet; teach it with `deepatlas define`.")
     outputs.check_numbers((name, loaded.structure(name).label) for name in wanted)
-    answer_paths = (p for path in paths for p in outputs.answer_paths(output, files.exam_name(path)))
-    outputs.claim([*answer_paths, *([page] if page else [])], overwrite)
+    answers_at = {path: outputs.answer_paths(output, files.exam_name(path)) for path in paths}
+    if resume:
+        paths = [path for path, (_, about) in answers_at.items() if not about.exists()]
+    outputs.claim([*(p for path in paths for p in answers_at[path]), *([page] if page else [])], overwrite or resume)
     lines: list[str] = []
     shown: list[str] = []
     answers = Answers({}, {})
