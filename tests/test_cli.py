@@ -347,7 +347,13 @@ def test_define_from_the_command_line(call, trained, work):
     arguments += ["--names", work / "labels.json"]
     code, out, _ = call("define", "-m", work / "model", *arguments, "--structures", "organ")
     assert code == 0
-    assert "organ: number 7, from 1 exam." in out
+    assert out == "organ: number 7, from 1 exam.\n"
+    (work / "twin.json").write_text(json.dumps({"twin": 7}))
+    code, out, _ = call("define", "-m", work / "model", *arguments[:4], "--names", work / "twin.json")
+    assert code == 0
+    for word in ("Defined, but", "organ", "twin", "--structures"):
+        assert word in out
+    assert call("structures", "remove", "twin", "-m", work / "model")[0] == 0
     assert call("define", "-m", work / "model", *arguments)[0] == 0  # replaces organ, adds gland
     known = checkpoint.load(work / "model").structures
     assert {name: one.label for name, one in known.items()} == NAMES

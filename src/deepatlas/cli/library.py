@@ -18,7 +18,7 @@ from deepatlas.cli.options import (
 )
 from deepatlas.cli.reading import label_faults, own, table_of_names
 from deepatlas.cli.speech import counting, end
-from deepatlas.errors import ModelError
+from deepatlas.errors import ModelError, StructureError
 
 if TYPE_CHECKING:
     from deepatlas import checkpoint, regseg
@@ -76,6 +76,10 @@ def define(
         typer.echo(f"Drawn by the map again, the head had learned the old drawing: {', '.join(again)}.")
     if made.undrawn:
         typer.echo(f"Not drawn in any exam, left out: {', '.join(made.undrawn)}.")
+    try:
+        outputs.check_numbers((one.name, one.label) for one in made.model.structures.values())
+    except StructureError as shared:
+        typer.echo(f"Defined, but: {shared}")
     end(made.failed)
 
 
