@@ -378,6 +378,7 @@ def test_define_from_folders(call, trained, work):
     assert list(json.loads((work / "new" / "failed.json").read_text())) == ["crooked"]
     assert {one.exams for one in checkpoint.load(work / "new").structures.values()} == {2}
     assert checkpoint.load(trained).structures == {}
+    refused(call("define", "-m", trained, *arguments, "-o", work / "new"), "another folder")
 
 
 def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):

@@ -51,6 +51,8 @@ def define(
     folder = checkpoint.find(model)
     target = output or own(folder)
     if output is not None:
+        if (output / "model.json").exists():
+            raise ModelError(f"{output} holds a model already; choose another folder, or extend that one by -m.")
         outputs.claim([output / "model.json"], overwrite=False)
     table = table_of_names(names, structures)
     faults = label_faults(exclude, names)
