@@ -310,7 +310,9 @@ def test_a_folder_is_resumed(call, taught, work):
     assert call(*arguments, images, "--resume")[0] == 0
     assert (work / "out" / "bad.json").exists()
     assert not (work / "out" / "failed.json").exists()
+    (work / "out" / "failed.json").write_text(json.dumps({"elsewhere": "broken", "one": "mended since"}))
     assert call(*arguments, images, "--resume")[:2] == (0, "")
+    assert json.loads((work / "out" / "failed.json").read_text()) == {"elsewhere": "broken"}
     for wrong in ("--overwrite", "--report"):
         assert call(*arguments, images, "--resume", wrong)[0] == 2
 
@@ -669,6 +671,9 @@ def test_models_lists_what_was_shipped(call, taught, tmp_path, monkeypatch):
     assert "organ (7)" in call("info", "small")[1]
     refused(call("structures", "remove", "organ", "-m", "small"), "copy")  # what was shipped is not changed
     refused(call("info", "large"), "small")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "model.json").write_text("{}")
+    refused(call("info", "strange"), "does not describe a model")
 
 
 def test_phantoms(call, tmp_path):

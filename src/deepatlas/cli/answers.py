@@ -205,7 +205,7 @@ def _answer(
         lines.append(f"Report: {page}")
     for line in lines:
         typer.echo(line)
-    outputs.write_failed(output / "failed.json", failed, [files.exam_name(path) for path in paths])
+    outputs.write_failed(output / "failed.json", failed, [files.exam_name(path) for path in answers_at])
     if failed and inputs.is_file():
         raise DeepAtlasError(*failed.values())
     answers.failed.update(failed)

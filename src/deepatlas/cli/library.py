@@ -170,7 +170,7 @@ def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], 
     from deepatlas import checkpoint, regseg
 
     folder = checkpoint.find(model)
-    kind = checkpoint.describe(folder, kind=None, version=None)["format"]
+    kind = checkpoint.describe(folder, kind=None, version=None).get("format")
     about = _about_pair(regseg.load(folder)) if kind == regseg.FORMAT else _about_map(checkpoint.load(folder))
     if as_json:
         typer.echo(json.dumps(about))
