@@ -24,14 +24,14 @@ from benchmarks import peers
 from deepatlas import dense, orientation, register, report, transforms, vote
 from deepatlas.checkpoint import Model
 from deepatlas.config import FINE
-from deepatlas.embedding import embed
+from deepatlas.embedding import Embedded, embed
 from deepatlas.files import Exam, exam_name, find_exams, read_exam, read_labels
 from deepatlas.found import Found
 from deepatlas.library import define_files, without_faults
-from deepatlas.locate import locate
+from deepatlas.locate import define, locate
 from deepatlas.metrics import dice
 from deepatlas.prepare import prepare
-from deepatlas.refine import refine
+from deepatlas.refine import refine, settled
 from deepatlas.volume import Volume, apply, to_ras
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -341,6 +341,51 @@ def votes(model: Model) -> dict:
     return {"voters": [exam_name(path) for path in paths], "mean": means, "structures": table, "cases": cases}
 
 
+DRAWS = {1: 10, 2: 10, 3: 10, 5: 5, 10: 5}
+"""So many labelled exams, drawn by chance so often."""
+
+
+def label_counts(model: Model) -> dict:
+    """Dice on the validation exams by how many training exams are labelled, of those that show every structure."""
+    train, chance = folder() / "train", np.random.default_rng(0)
+    pool = {}
+    for path in find_exams(train / "images"):
+        exam = read_exam(path)
+        drawn = read_labels(train / "labels" / path.name, like=exam)
+        drawn = without_faults(drawn, exam_name(path), names(), faulty())
+        if np.isin(list(names().values()), drawn.array).all():
+            pool[exam_name(path)] = (exam, drawn, embed(model, exam))
+    shown = {}
+    for name in validation():
+        exam, truth = exam_of(name)
+        shown[name] = (exam, truth, settled(model, exam, embed(model, exam)))
+    cases = []
+    for count, draws in DRAWS.items():
+        for _ in range(draws):
+            chosen = sorted(chance.choice(list(pool), count, replace=False).tolist())
+            exams, maps = [pool[name][:2] for name in chosen], [pool[name][2] for name in chosen]
+            means = _means(define(model, exams, names(), embedded=maps), shown)
+            cases.append({"labelled": count, "exams": chosen, "mean": round(float(np.mean(list(means.values()))), 4)})
+            cases[-1] |= {"structures": means}
+    table = {}
+    for count in DRAWS:
+        means = [case["mean"] for case in cases if case["labelled"] == count]
+        table[count] = {"mean": round(float(np.mean(means)), 4), "lowest": min(means), "highest": max(means)}
+    return {"drawn_from": len(pool), "table": table, "cases": cases}
+
+
+def _means(made: Model, shown: dict[str, tuple[Exam, Volume, Embedded]]) -> dict[str, float]:
+    """Mean Dice of each structure over exams with their label maps and coordinates."""
+    scores = {structure: [] for structure in names()}
+    for name, (exam, truth, embedded) in shown.items():
+        found = locate(made, exam, list(names()), embedded=embedded)
+        for structure, number in names().items():
+            here = truth.array == number
+            if here.any() and name not in faulty().get(structure, []):
+                scores[structure].append(dice(mask_of(found[structure], exam), here))
+    return {structure: round(float(np.mean(values)), 4) for structure, values in scores.items()}
+
+
 OUT_OF_PLACE = {
     "brainstem": (250, None),
     "spinal_cord": (250, None),
@@ -403,6 +448,7 @@ TASKS = {
     "orientation": turns,
     "pairs": pairs,
     "votes": votes,
+    "labels": label_counts,
     "calibration": calibration,
     "faults": faults,
 }

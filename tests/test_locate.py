@@ -304,6 +304,14 @@ def test_a_structure_thinner_than_the_spread_is_not_lost(model, radius):
     np.testing.assert_allclose(found.centroid_mm, places[inside].mean(axis=0), atol=2.5)
 
 
+def test_the_more_exams_the_less_a_mask_is_spread(model):
+    exam, places = scan((4.0, 4.0, 4.0))
+    labelled = (exam, Volume(balls(places, CENTRE), exam.affine))
+    few, many = (define(model, [labelled] * n, {"ball": 1}).structure("ball").mask for n in (2, 16))
+    unsure_few, unsure_many = (int(((mask > 0.1) & (mask < 0.9)).sum()) for mask in (few, many))
+    assert unsure_few > 1.1 * unsure_many
+
+
 def test_bone_next_to_a_soft_structure_is_left_out(model):
     """A ball drawn on one exam; in another, half of where it should be has turned into bone."""
     exam, places = scan((4.0, 4.0, 4.0))

@@ -197,9 +197,9 @@ def pull(
 
 
 def spread(mask: Float[Tensor, "i j k"], nodes: Iterable[float]) -> Float[Tensor, "i j k"]:
-    """A mask of one exam, blurred by a Gaussian of so many nodes along each axis: a single exam cannot tell how far
-    others differ from it, and a mask of zeros and ones would leave the HU of another exam (`deepatlas.tissue`) nothing
-    to decide. It stays as high as it was, or what is thinner than the blur would be lost.
+    """A mask of few exams, blurred by a Gaussian of so many nodes along each axis: these cannot tell how far others
+    differ from them, and a mask near zero and one would leave the HU of another exam (`deepatlas.tissue`) nothing to
+    decide. It stays as high as it was, or what is thinner than the blur would be lost.
     """
     blurred = mask[None, None]
     for axis, width in enumerate(nodes):

@@ -39,9 +39,9 @@ COVERAGE_POINTS = 3000
 DEFINE_SPACING_MM = 2.0
 """Label maps finer than this are read at this spacing when a structure is made from several exams."""
 
-
 SPREAD_MM = 4.0
-"""How surely a structure that was drawn on a single exam lies there in another, as the width of a Gaussian."""
+"""How surely a structure that was drawn on a single exam lies there in another, as the width of a Gaussian. Of n exams,
+whose mean is surer, it is a √n-th part."""
 
 
 def define(
@@ -169,10 +169,10 @@ def _made(model: Model, name: str, number: int, samples: list[_Labelled]) -> Str
         mask, known = atlas.pull(
             only.embedded.c_atlas, only.embedded.foreground, _occupancy(only, number), blank.nodes_atlas()
         )
-        nodes_mm = (box[1] - box[0]) / (torch.tensor(shape) - 1) / per_mm
-        mask = atlas.spread(mask, (SPREAD_MM / nodes_mm).tolist())
     else:
         mask, known = atlas.least_squares(drawn, box, shape)
+    nodes_mm = (box[1] - box[0]) / (torch.tensor(shape) - 1) / per_mm
+    mask = atlas.spread(mask, (SPREAD_MM / len(with_it) ** 0.5 / nodes_mm).tolist())
     made = Structure(name, number, mask, known, box, 0.5, len(with_it))
     made = replace(made, tissue=tissue.log_odds([sample.tissue(made) for sample in with_it]))
     return replace(made, level=atlas.calibrated_level([sample.found(made) for sample in with_it]))
