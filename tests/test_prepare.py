@@ -112,6 +112,34 @@ def test_all_48_storage_orders_prepare_to_the_same_array(region, kind):
         np.testing.assert_allclose(prepared.box_to_mm, expected.box_to_mm, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("region", ["body", "200mm"])
+def test_an_oblique_exam_is_read_along_the_axes_of_the_patient(region):
+    """An upright ellipsoid on a straight grid and on an oblique one around it: the network sees the same."""
+
+    def scan(linear: np.ndarray) -> Volume:
+        affine = affine_of(linear)
+        affine[:3, 3] -= apply(affine, (np.array((64, 72, 60)) - 1) / 2) - np.array([10.0, -5.0, 30.0])
+        away = apply(affine, np.moveaxis(np.indices((64, 72, 60)), 0, -1)) - np.array([10.0, -5.0, 30.0])
+        inside = np.linalg.norm(away / [30.0, 50.0, 75.0], axis=-1) < 1
+        return Volume(np.where(inside, 40 + away[..., 2], -1000).astype(np.float32), affine)
+
+    straight, leaning = (prepare(scan(linear), 24, region) for linear in (np.eye(3) * 3, oblique() @ np.eye(3) * 3))
+    np.testing.assert_allclose(leaning.box_to_mm[:3, :3], np.diag(np.diagonal(leaning.box_to_mm)[:3]))
+    np.testing.assert_allclose(leaning.box_to_mm, straight.box_to_mm, atol=4.0)  # mm: a voxel more or less
+    overlap = 2 * (leaning.foreground & straight.foreground).sum()
+    assert overlap / (leaning.foreground.sum() + straight.foreground.sum()) > 0.9
+    own = prepare(scan(oblique() @ np.eye(3) * 3), 24, region, upright=False)
+    np.testing.assert_allclose(own.box_to_mm[:3, :3] / np.linalg.norm(own.box_to_mm[:3, :3], axis=0), oblique())
+
+
+def test_hu_that_are_no_numbers_are_refused():
+    volume = body()
+    array = volume.array.astype(np.float32)
+    array[tuple(n // 2 for n in volume.shape)] = np.nan
+    with pytest.raises(ExamError, match="finite"):
+        prepare(Volume(array, volume.affine), 16)
+
+
 @pytest.mark.parametrize("kind", AFFINES)
 def test_voxel_to_box_and_back(kind):
     """Voxel of the user's grid → mm → box → mm → voxel, for every storage order."""

@@ -17,6 +17,7 @@ from deepatlas.atlas import Region
 from deepatlas.common_grid import HALVINGS, LARGEST_GRID, Cases, Frame, Pose, cases_of, joined
 from deepatlas.embedding import embed
 from deepatlas.errors import ExamError, LabelError, RegionError
+from deepatlas.refine import settled
 from deepatlas.transforms import Transform
 from deepatlas.volume import Volume, apply
 
@@ -62,7 +63,7 @@ class AtlasGrid:
         Raises:
             ExamError: it shows next to nothing of the region, or cannot be prepared.
         """
-        embedded = embed(self.model, volume)
+        embedded = settled(self.model, volume, embed(self.model, volume))
         shown = regions.show(self.model, self.region, embedded)
         if shown.to_mm is None:
             raise ExamError(

@@ -70,7 +70,7 @@ def embed_by(models: list[Model], exam: Volume, embedded: Embedded | None = None
     Args:
         embedded: the exam with the map of the first model, where it is known already.
     """
-    embedded = embedded or embed(models[0], exam)
+    embedded = embedded or settled(models[0], exam, embed(models[0], exam))
     for above, finer in pairwise(models):
         embedded = look_closer(above, finer, exam, embedded)
         if embedded is None:

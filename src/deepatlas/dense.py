@@ -15,6 +15,7 @@ from deepatlas import grid
 from deepatlas.checkpoint import Model
 from deepatlas.embedding import Embedded, embed
 from deepatlas.prepare import WINDOW_HU, grid_to_box
+from deepatlas.refine import settled
 from deepatlas.volume import Volume
 
 BLOCK_VOXELS = 2**20
@@ -29,7 +30,7 @@ def coordinates(model: Model, exam: Volume, mm: bool = False, embedded: Embedded
     Raises:
         ExamError: the exam cannot be prepared.
     """
-    embedded = embedded or embed(model, exam)
+    embedded = embedded or settled(model, exam, embed(model, exam))
     linear, offset = model.atlas_to_mm[:3, :3], model.atlas_to_mm[:3, 3]
     result = np.empty((*exam.shape, 3), dtype=np.float32)
     for block, box in blocks(embedded, exam):
@@ -50,7 +51,7 @@ def aligned_atlas(model: Model, exam: Volume, embedded: Embedded | None = None) 
 
     Source: figure 4.
     """
-    embedded = embedded or embed(model, exam)
+    embedded = embedded or settled(model, exam, embed(model, exam))
     result = np.empty(exam.shape, dtype=np.float32)
     step = 2 / (embedded.prepared.size - 1)
     for block, box in blocks(embedded, exam):

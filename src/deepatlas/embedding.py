@@ -12,7 +12,7 @@ from deepatlas.atlas import Structure
 from deepatlas.checkpoint import Model
 from deepatlas.errors import ExamError
 from deepatlas.objective import likeness
-from deepatlas.prepare import Prepared, prepare
+from deepatlas.prepare import Prepared, oblique, prepare
 from deepatlas.shapes import Coordinates
 from deepatlas.volume import Volume
 
@@ -62,12 +62,20 @@ class Embedded(NamedTuple):
 def embed(model: Model, exam: Volume) -> Embedded:
     """The coordinate map of an exam.
 
+    An oblique exam is read along the patient's axes, and once more along its own: where the patient leaned and the grid
+    with him, that one looks more like the atlas, and counts.
+
     Raises:
         ExamError: the exam cannot be prepared (too thin, or nothing but air).
 
     Source: ``c_n = F(x_n)``, §2.1.
     """
-    return map_prepared(model, prepare(exam, model.size, model.region))
+    upright = map_prepared(model, prepare(exam, model.size, model.region))
+    if not oblique(exam):
+        return upright
+    leaning = map_prepared(model, prepare(exam, model.size, model.region, upright=False))
+    ways = [one._replace(alike=likeness_of(model, one)) for one in (upright, leaning)]
+    return max(ways, key=lambda one: one.alike.of_exam())
 
 
 def map_prepared(model: Model, prepared: Prepared) -> Embedded:

@@ -15,7 +15,7 @@ from deepatlas.embedding import Embedded, embed
 from deepatlas.errors import DeepAtlasError, LabelError, StructureError, memory_as_such
 from deepatlas.locate import define
 from deepatlas.outputs import reason
-from deepatlas.refine import refine
+from deepatlas.refine import refine, settled
 from deepatlas.volume import Volume
 
 
@@ -90,8 +90,7 @@ def define_files(
                     with memory_as_such():
                         exam, labels = files.read_exam(exam_path), labels_of(exam_path)
                         files.check_same_grid(labels, exam, label_path.name)
-                        embedded = embed(model, exam)
-                        maps.append(refine(model, exam, embedded) if refined else embedded)
+                        maps.append((refine if refined else settled)(model, exam, embed(model, exam)))
                     yield exam, labels
                 except (DeepAtlasError, MemoryError) as error:
                     _note(failed, pairs, error, exam_path, label_path)
@@ -135,8 +134,8 @@ def _read_again(
         try:
             with memory_as_such():
                 exam, drawn = files.read_exam(path), labels_of(path)
-                top = embed(models[0], exam)
-                embedded = cascade.embed_by(models, exam, refine(models[0], exam, top) if refined else top)
+                top = (refine if refined else settled)(models[0], exam, embed(models[0], exam))
+                embedded = cascade.embed_by(models, exam, top)
         except (DeepAtlasError, MemoryError) as error:
             failed[files.exam_name(path)] = reason(error, path)
             embedded = None

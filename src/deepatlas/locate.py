@@ -95,7 +95,7 @@ class _Labelled(NamedTuple):
 
     @classmethod
     def read(cls, model, exam: Volume, labels: Volume, names: Mapping[str, int], known: Embedded | None) -> "_Labelled":
-        embedded = known or embed(model, exam)
+        embedded = known or settled(model, exam, embed(model, exam))
         stride = np.maximum(1, np.floor(DEFINE_SPACING_MM / labels.spacing_mm + 1e-6)).astype(int)
         index = np.stack(
             np.meshgrid(*[np.arange(0, n, s) for n, s in zip(labels.shape, stride, strict=True)], indexing="ij"), -1

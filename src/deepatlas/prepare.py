@@ -31,6 +31,9 @@ field of view."""
 
 COARSE_SIZE = 64
 
+OBLIQUE = 0.01
+"""An exam is oblique where one of its axes leans by so much, as a cosine, towards another axis of the patient."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -82,11 +85,12 @@ def grid_to_box(size: int) -> np.ndarray:
     return matrix
 
 
-def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
+def prepare(volume: Volume, size: int = 64, region: str = "body", upright: bool = True) -> Prepared:
     """Bring an exam to the grid the network sees.
 
     Axes are permuted and flipped to the nearest RAS; HU are interpolated linearly, corners kept, to (2·size)³ and
-    averaged over 2³; the foreground is found on the result. The paper prepares the full extent of the exam
+    averaged over 2³; the foreground is found on the result. An oblique or sheared exam is read along the axes of the
+    patient, or the network would see a leaning one. The paper prepares the full extent of the exam
     (`region="exam"`). A slab of neck in a field of view four times as wide then has few voxels left, so by default
     (`region="body"`) a first pass finds the patient, the exam is cut to its bounding box with a margin of one coarse
     voxel, and the cut is prepared. A table that does not touch the patient there is left outside where it can be.
@@ -97,6 +101,7 @@ def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
         volume: HU and the affine voxel → mm.
         size: voxels along each axis of the result, at least 4.
         region: "body", "exam", or the edge of a cube such as "320mm".
+        upright: read an oblique exam along the patient's axes; else along those of its own that are nearest.
 
     Raises:
         ExamError: the volume is too thin, or less than 1 % of what is prepared is foreground (of a fixed cube .1 %).
@@ -109,6 +114,8 @@ def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
     if min(volume.shape) < 2:
         raise ExamError(f"Expected at least 2 voxels along each axis, got shape {volume.shape}; pass a whole exam.")
     ras = to_ras(volume)
+    if upright and oblique(ras):
+        return _along_patient(ras, size, region)
     if extent_mm is not None:
         return _fixed_cube(ras, size, extent_mm)
     if region == "body":
@@ -117,13 +124,21 @@ def prepare(volume: Volume, size: int = 64, region: str = "body") -> Prepared:
     return Prepared(hu, foreground(hu), ras.affine @ _box_to_voxel(ras.shape, size))
 
 
-def prepare_cube(volume: Volume, size: int, box_to_mm: np.ndarray) -> Prepared:
+def oblique(volume: Volume) -> bool:
+    """Whether an axis of the exam leans away from the patient's, by `OBLIQUE` or more."""
+    ras = to_ras(volume)
+    leaning = ras.affine[:3, :3] / ras.spacing_mm
+    return bool(np.abs(leaning - np.diag(np.diagonal(leaning))).max() >= OBLIQUE)
+
+
+def prepare_cube(volume: Volume, size: int, box_to_mm: np.ndarray, least: float = FOREGROUND_LEAST) -> Prepared:
     """What an exam shows in a cube that lies anywhere in it, also turned; air where the exam does not reach.
 
     HU are read linearly at (2·size)³ points and averaged over 2³, as `prepare` does.
 
     Args:
         box_to_mm: −1 … +1 over the cube, its corners included → mm (RAS), (4, 4).
+        least: the share of it that has to be foreground.
 
     Raises:
         ExamError: hardly any of the patient lies in the cube.
@@ -139,7 +154,7 @@ def prepare_cube(volume: Volume, size: int, box_to_mm: np.ndarray) -> Prepared:
         pair = [sample_mm(volume, next(planes)) for _ in range(2)]
         hu[plane] = np.mean(pair, axis=0).reshape(size, 2, size, 2).mean(axis=(1, 3))
     hu = np.maximum(hu, AIR_HU)
-    return Prepared(hu, foreground(hu), box_to_mm @ np.diag([(size - 1) / size] * 3 + [1.0]))
+    return Prepared(hu, foreground(hu, least), box_to_mm @ np.diag([(size - 1) / size] * 3 + [1.0]))
 
 
 def fixed_extent_mm(region: str) -> float | None:
@@ -162,10 +177,12 @@ def foreground(hu: np.ndarray, least: float = FOREGROUND_LEAST) -> np.ndarray:
     """The patient in a pooled, unclipped volume: smooth, above −900 HU, holes filled, largest component; bool.
 
     Raises:
-        ExamError: less than `least` of the volume remains.
+        ExamError: less than `least` of the volume remains, or a value is NaN or infinite.
 
     Source: §5.5.3.
     """
+    if not np.isfinite(hu).all():
+        raise ExamError("Expected finite HU, got NaN or infinity; give such voxels the HU of air.")
     smooth = ndimage.gaussian_filter(np.asarray(hu, dtype=np.float32), FOREGROUND_SIGMA, mode="nearest")
     mask = ndimage.binary_fill_holes(smooth > FOREGROUND_HU)
     components, count = ndimage.label(mask)
@@ -233,6 +250,29 @@ def _fixed_cube(ras: Volume, size: int, extent_mm: float) -> Prepared:
     box_to_voxel = np.diag([*((size - 1) * step), 1.0])
     box_to_voxel[:3, 3] = centre[:3]
     return Prepared(hu, foreground(hu, BODY_LEAST), ras.affine @ box_to_voxel)
+
+
+def _along_patient(volume: Volume, size: int, region: str) -> Prepared:
+    """An oblique exam in a box along the patient's axes: around all of it, around the patient, or a fixed cube."""
+    corners, extent_mm = volume.corners_mm(), fixed_extent_mm(region)
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    if region != "exam":
+        coarse = prepare_cube(volume, COARSE_SIZE, _box_between(low, high), BODY_LEAST)
+        occupied = np.argwhere(coarse.foreground)
+        ends = np.stack([occupied.min(axis=0) - 1, occupied.max(axis=0) + 1])
+        low, high = np.clip(apply(coarse.volume.affine, ends), low, high)
+    if extent_mm is None:
+        return prepare_cube(volume, size, _box_between(low, high))
+    reach = np.full(3, extent_mm / 2)
+    centre = (low + high) / 2
+    return prepare_cube(volume, size, _box_between(centre - reach, centre + reach), BODY_LEAST)
+
+
+def _box_between(low_mm: np.ndarray, high_mm: np.ndarray) -> np.ndarray:
+    """−1 … +1 over a box along the patient's axes → mm, (4, 4) float64."""
+    matrix = np.diag([*((high_mm - low_mm) / 2), 1.0])
+    matrix[:3, 3] = (low_mm + high_mm) / 2
+    return matrix
 
 
 def _box_to_voxel(shape: tuple[int, int, int], size: int) -> np.ndarray:
