@@ -59,6 +59,17 @@ def test_a_perfect_prediction(folders):
     assert results["left_out"] == {"neither": 0, "predicted_not_drawn": 0, "excluded": 0}
 
 
+def test_large_label_numbers_take_no_memory_of_their_own(tmp_path):
+    huge = {"one": 300, "huge": 2_000_000_000}
+    for name in ("truth", "guess"):
+        array = np.zeros((12, 14, 9), np.int32)
+        array[2:6, 3:9, 2:7], array[8:11, 3:9, 2:7] = huge.values()
+        (tmp_path / name).mkdir()
+        nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / name / "a.nii.gz")
+    found = scoring.evaluate(tmp_path / "guess", tmp_path / "truth", huge)
+    assert {name: one["dice"]["mean"] for name, one in found["structures"].items()} == {"one": 1.0, "huge": 1.0}
+
+
 def test_a_shifted_prediction(folders):
     """Moved by one voxel of 2 mm along i: Dice 3/4, and the centroid and the far faces lie 2 mm away."""
     out, labels = folders

@@ -304,6 +304,18 @@ def test_a_structure_thinner_than_the_spread_is_not_lost(model, radius):
     np.testing.assert_allclose(found.centroid_mm, places[inside].mean(axis=0), atol=2.5)
 
 
+@pytest.mark.parametrize("place", [31, 32])
+def test_a_structure_of_a_single_fine_plane_is_not_lost(model, place):
+    """Label maps finer than 2 mm are thinned: every other plane is left."""
+    exam, places = scan((0.9, 3.0, 3.0), low=(10, -10, 30), high=(70, 40, 80))
+    sheet = np.zeros(exam.shape, np.uint8)
+    sheet[place, 5:12, 5:12] = 1
+    ready = define(model, [(exam, Volume(sheet, exam.affine))] * 2, {"sheet": 1})
+    assert ready.structure("sheet").exams == 2
+    found = locate(ready, exam)["sheet"]
+    np.testing.assert_allclose(found.centroid_mm, places[sheet > 0].mean(axis=0), atol=2.5)
+
+
 def test_the_more_exams_the_less_a_mask_is_spread(model):
     exam, places = scan((4.0, 4.0, 4.0))
     labelled = (exam, Volume(balls(places, CENTRE), exam.affine))

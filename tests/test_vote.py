@@ -5,14 +5,17 @@ import pytest
 import torch
 
 from deepatlas import grid
+from deepatlas import vote as vote_module
 from deepatlas.checkpoint import MARGIN, Model
-from deepatlas.embedding import Embedded
+from deepatlas.embedding import Embedded, Likeness
+from deepatlas.found import Found
 from deepatlas.prepare import Prepared
 from deepatlas.volume import Volume
-from deepatlas.vote import Voter, vote
+from deepatlas.vote import Voter, locate_by_vote, vote
 from exact import blank
 
 SIZE = 24
+PLAIN = Found("ball", 3, "present", 1.0, 0.5, None, None, None, None, -1)
 NAMES = {"ball": 3, "rod": 5}
 
 
@@ -49,7 +52,7 @@ def labels(shift: float = 0.0, *numbers: int) -> Volume:
 def owners(model: Model, here: Embedded, *voters: tuple[Embedded, Volume]) -> np.ndarray:
     """The outcome on the exam's grid."""
     image = Volume(here.prepared.hu, labels().affine)
-    return vote(model, image, here, [Voter(*one) for one in voters], list(NAMES.values()))
+    return vote(model, image, here, [Voter(*one) for one in voters], list(NAMES.values())).owner
 
 
 def test_an_exam_that_votes_about_itself_repeats_its_labels(model):
@@ -87,3 +90,19 @@ def test_nobody_owns_what_most_say_is_nothing(model):
     assert (owners(model, one, (one, labels(0.0, 3)), (one, labels()), (one, labels(0.0, 3, 5))) == 1).sum() > 0
     apart = [(one, labels(shift, 3)) for shift in (-1.2, 0.0, 1.2)]
     assert not (owners(model, one, *apart) == 0).any()
+
+
+def test_confidence_is_of_the_voted_mask_and_what_nobody_drew_is_not_told_of(model, monkeypatch):
+    """Two voters who disagree about half of a ball leave it less sure than two who agree."""
+    one, image = exam(), Volume(exam().prepared.hu, labels().affine)
+    monkeypatch.setattr(Likeness, "around", lambda self, structure: 1.0)
+    monkeypatch.setattr(vote_module, "locate", lambda model, exam, names, embedded: dict.fromkeys(names, PLAIN))
+    monkeypatch.setattr(vote_module, "likeness_of", lambda model, embedded: Likeness(None, None, None))
+    monkeypatch.setattr(Model, "structure", lambda self, name: None)
+    agreed, split = (
+        locate_by_vote(model, image, one, [Voter(one, labels(0.0, 3)), Voter(one, labels(shift, 3))], NAMES)
+        for shift in (0.0, 0.3)
+    )
+    assert list(agreed) == list(split) == ["ball"]
+    assert agreed["ball"].confidence > 0.95
+    assert split["ball"].confidence < 0.85

@@ -27,6 +27,8 @@ from deepatlas import files, metrics, volume
 from deepatlas.errors import LabelError
 
 SCORES = ("dice", "hd95_mm", "centroid_mm", "dice_in_range", "hd95_in_range_mm")
+FEW = 4096
+"""Label numbers up to here are looked for one by one."""
 COLUMNS = ("exam", "structure", *SCORES, "status")
 
 Results = dict[str, Any]
@@ -237,7 +239,7 @@ def _score_exam(
         guess = files.read_labels(guess_path)
         files.check_same_grid(guess, truth, f"{guess_path} against {truth_path}")
         predicted_array = guess.array
-    drawn, predicted = (_boxes(array, max(names.values(), default=0)) for array in (truth.array, predicted_array))
+    drawn, predicted = (_boxes(array, sorted(names.values())) for array in (truth.array, predicted_array))
     up = volume.ras_order(truth.affine)[0][2]
     cases, neither, not_drawn = [], 0, 0
     for name, number in names.items():
@@ -281,11 +283,16 @@ def _summary(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _boxes(array: np.ndarray, largest: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """First index and last index + 1 along each axis, for each number from 1 to `largest` that the array holds."""
+def _boxes(array: np.ndarray, numbers: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """First index and last index + 1 along each axis, for each of some numbers, rising, that the array holds."""
+    if numbers[-1] > FEW:  # an entry for every number up to the largest would take much memory
+        place = np.searchsorted(numbers, array).clip(max=len(numbers) - 1)
+        array = np.where(np.array(numbers)[place] == array, place + 1, 0)
+    else:
+        numbers = list(range(1, numbers[-1] + 1))
     return {
         number: (np.array([s.start for s in box]), np.array([s.stop for s in box]))
-        for number, box in enumerate(ndimage.find_objects(array, largest), start=1)
+        for number, box in zip(numbers, ndimage.find_objects(array, len(numbers)), strict=True)
         if box is not None
     }
 

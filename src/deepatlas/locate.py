@@ -39,6 +39,9 @@ COVERAGE_POINTS = 3000
 DEFINE_SPACING_MM = 2.0
 """Label maps finer than this are read at this spacing when a structure is made from several exams."""
 
+LEAST_POINTS = 100
+"""What has fewer voxels then is read as finely as it was drawn."""
+
 SPREAD_MM = 4.0
 """How surely a structure that was drawn on a single exam lies there in another, as the width of a Gaussian. Of n exams,
 whose mean is surer, it is a √n-th part."""
@@ -100,7 +103,7 @@ class _Labelled(NamedTuple):
         index = np.stack(
             np.meshgrid(*[np.arange(0, n, s) for n, s in zip(labels.shape, stride, strict=True)], indexing="ij"), -1
         )
-        index = index.reshape(-1, 3)
+        index = np.concatenate([index.reshape(-1, 3), _thin(labels, stride, names.values())])
         box = apply(np.linalg.inv(embedded.prepared.box_to_mm) @ labels.affine, index)
         inside = (np.abs(box) <= 1).all(axis=1)
         index, box = index[inside], torch.from_numpy(box[inside].T.astype(np.float32))[None]
@@ -141,6 +144,15 @@ class _Labelled(NamedTuple):
         near = ((self.c_atlas >= box_atlas[0][:, None]) & (self.c_atlas <= box_atlas[1][:, None])).all(dim=0)
         near |= inside > 0
         return Drawn(self.c_atlas[:, near], inside[near])
+
+
+def _thin(labels: Volume, stride: np.ndarray, numbers: Iterable[int]) -> np.ndarray:
+    """Voxels of structures of which thinning a label map leaves less than `LEAST_POINTS`, those that it leaves out."""
+    drawn = np.argwhere(np.isin(labels.array, list(numbers)))
+    left = (drawn % stride == 0).all(axis=1)
+    values = labels.array[tuple(drawn.T)]
+    few = [number for number in np.unique(values) if (values[left] == number).sum() < LEAST_POINTS]
+    return drawn[~left & np.isin(values, few)]
 
 
 def _lightened(samples: list[_Labelled]) -> list[_Labelled]:

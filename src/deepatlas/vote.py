@@ -6,17 +6,18 @@ Source: Φ_pq of §5.1.1; weights by local similarity as in multi-atlas segmenta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int16
 from torch import Tensor
 
 from deepatlas import grid
 from deepatlas.checkpoint import Model
 from deepatlas.dense import blocks
-from deepatlas.embedding import Embedded
+from deepatlas.embedding import Embedded, likeness_of
 from deepatlas.found import Found, redrawn
 from deepatlas.locate import locate
 from deepatlas.objective import local_correlation
@@ -41,6 +42,15 @@ class Voter:
     """The exam prepared for a comparison of images; then its Φ is fitted to them."""
 
 
+class Outcome(NamedTuple):
+    """What a vote came to."""
+
+    owner: Int16[np.ndarray, "i j k"]
+    """The structure of every voxel, counted from 0; −1 where none has more than `LEVEL`."""
+    expected_dice: Float[np.ndarray, "structure"]
+    """Dice of each mask if the shares of the votes are probabilities: ``2 Σ_mask p / (|mask| + Σ p)``."""
+
+
 def vote(
     model: Model,
     exam: Volume,
@@ -48,8 +58,8 @@ def vote(
     voters: list[Voter],
     numbers: list[int],
     fine: Prepared | None = None,
-) -> np.ndarray:
-    """The structure with most votes at every voxel of the exam's own grid, counted from 0; −1 below `LEVEL`.
+) -> Outcome:
+    """The structure with most votes at every voxel of the exam's own grid.
 
     A voter has no say about a structure that was not drawn on it.
 
@@ -60,6 +70,8 @@ def vote(
     fields = [_laid(model, embedded, one, fine) for one in voters]
     drawn = [[bool((one.labels.array == number).any()) for number in numbers] for one in voters]
     owner = np.full(exam.shape, -1, dtype=np.int16)
+    everywhere, own = np.zeros((2, len(numbers)))
+    counts = np.zeros(len(numbers), dtype=np.int64)
     for block, box in blocks(embedded, exam):
         votes = np.zeros((len(numbers), *box.shape[2:]), dtype=np.float32)
         voices = np.full_like(votes, 1e-6)
@@ -73,7 +85,12 @@ def vote(
                 voices[row] += say
         share = votes / voices
         owner[block] = np.where(share.max(axis=0) > LEVEL, share.argmax(axis=0), -1)
-    return owner
+        everywhere += share.sum(axis=(1, 2, 3))
+        for row in range(len(numbers)):
+            mask = owner[block] == row
+            counts[row] += mask.sum()
+            own[row] += share[row][mask].sum()
+    return Outcome(owner, 2 * own / np.maximum(counts + everywhere, 1e-6))
 
 
 def _laid(model: Model, embedded: Embedded, one: Voter, fine: Prepared | None) -> Float[Tensor, "1 4 i j k"]:
@@ -96,8 +113,18 @@ def locate_by_vote(
 ) -> dict[str, Found]:
     """Structures of the library: whether they are there as `deepatlas.locate.locate` says, where they are by vote.
 
+    What no voter has drawn is not told of.
+
     Args:
         names: structure → number in the voters' label maps.
     """
-    owner = vote(model, exam, embedded, voters, list(names.values()), fine)
-    return redrawn(locate(model, exam, names, embedded), owner, exam)
+    drawn = set().union(*(np.unique(one.labels.array).tolist() for one in voters))
+    names = {name: number for name, number in names.items() if number in drawn}
+    outcome = vote(model, exam, embedded, voters, list(names.values()), fine)
+    found = redrawn(locate(model, exam, names, embedded), outcome.owner, exam)
+    alike = likeness_of(model, embedded)
+    for (name, one), expected in zip(found.items(), outcome.expected_dice, strict=True):
+        if one.status != "absent":
+            sure = min(float(expected), alike.around(model.structure(name)))
+            found[name] = replace(one, confidence=sure)
+    return found
