@@ -65,7 +65,7 @@ def test_large_label_numbers_take_no_memory_of_their_own(tmp_path):
         array = np.zeros((12, 14, 9), np.int32)
         array[2:6, 3:9, 2:7], array[8:11, 3:9, 2:7] = huge.values()
         (tmp_path / name).mkdir()
-        nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / name / "a.nii.gz")
+        nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / name / ("a.nii.gz" if name == "truth" else "a_seg.nii.gz"))
     found = scoring.evaluate(tmp_path / "guess", tmp_path / "truth", huge)
     assert {name: one["dice"]["mean"] for name, one in found["structures"].items()} == {"one": 1.0, "huge": 1.0}
 
