@@ -310,11 +310,25 @@ def test_a_folder_is_resumed(call, taught, work):
     assert call(*arguments, images, "--resume")[0] == 0
     assert (work / "out" / "bad.json").exists()
     assert not (work / "out" / "failed.json").exists()
-    (work / "out" / "failed.json").write_text(json.dumps({"elsewhere": "broken", "one": "mended since"}))
+    (work / "out" / "failed.json").write_text(json.dumps({"elsewhere": "broken"}))
     assert call(*arguments, images, "--resume")[:2] == (0, "")
     assert json.loads((work / "out" / "failed.json").read_text()) == {"elsewhere": "broken"}
     for wrong in ("--overwrite", "--report"):
         assert call(*arguments, images, "--resume", wrong)[0] == 2
+
+
+def test_an_exam_that_failed_is_not_resumed_as_done_by_its_older_answer(call, taught, work):
+    arguments = ["locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--structures", "organ"]
+    assert call(*arguments)[0] == 0
+    (work / "images" / "one.nii.gz").write_bytes(b"damaged since")
+    assert call(*arguments, "--overwrite")[0] == 3
+    assert (work / "out" / "one.json").exists()
+    assert call(*arguments, "--resume")[0] == 3
+    assert list(json.loads((work / "out" / "failed.json").read_text())) == ["one"]
+    save(work / "images" / "one.nii.gz", anatomy()[0])
+    code, out, _ = call(*arguments, "--resume")
+    assert (code, "organ" in out) == (0, True)
+    assert not (work / "out" / "failed.json").exists()
 
 
 def test_existing_outputs_are_kept_unless_told(call, taught, work):

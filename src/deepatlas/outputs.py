@@ -198,16 +198,20 @@ def write_failed(path: Path, failed: dict[str, str], done: Iterable[str] = ()) -
     What an earlier run noted about exams that are not in `done` stays; no `done` begins the list anew.
     """
     done = set(done)
-    if done and path.exists():
-        try:
-            older = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            older = {}
-        failed = {name: text for name, text in older.items() if name not in done} | failed
+    if done:
+        failed = {name: text for name, text in read_failed(path).items() if name not in done} | failed
     if failed:
         checkpoint.write_text(path, json.dumps(failed, indent=1, sort_keys=True))
     else:
         path.unlink(missing_ok=True)
+
+
+def read_failed(path: Path) -> dict[str, str]:
+    """The list of exams that failed (name → reason); empty where there is none that can be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _entry(one: Found) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def locate(
     cascade: CascadeOption = False,
     pictured: Annotated[bool, typer.Option("--report", help="Write report.html too: pictures and a table.")] = False,
     overwrite: OverwriteOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Pass over exams that have an answer already.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Pass over exams that were answered already.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Find structures in an exam, or in every exam of a folder, on the exam's own grid.
@@ -159,7 +159,8 @@ def _answer(
     resume: bool = False,
 ) -> Answers:
     """Locate in every exam and write the answers, with pictures on a page where one is wanted; ends with the exit code
-    for what failed unless told otherwise. To resume is to pass over exams whose JSON, which is written last, exists."""
+    for what failed unless told otherwise. To resume is to pass over exams whose JSON, which is written last, exists,
+    unless the list of what failed has them: then the JSON is of an earlier run."""
     from deepatlas import checkpoint, dense, files, outputs
     from deepatlas.locate import locate as find
 
@@ -180,7 +181,8 @@ def _answer(
     outputs.check_numbers((name, loaded.structure(name).label) for name in wanted)
     answers_at = {path: outputs.answer_paths(output, files.exam_name(path)) for path in paths}
     if resume:
-        paths = [path for path, (_, about) in answers_at.items() if not about.exists()]
+        again = outputs.read_failed(output / "failed.json")
+        paths = [p for p, (_, about) in answers_at.items() if not about.exists() or files.exam_name(p) in again]
     outputs.claim([*(p for path in paths for p in answers_at[path]), *([page] if page else [])], overwrite or resume)
     lines: list[str] = []
     shown: list[str] = []
