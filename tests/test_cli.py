@@ -222,6 +222,8 @@ def test_a_report_shows_what_was_found_in_every_exam(call, taught, work):
     assert page.count("data:image/png;base64,") == len(list((work / "images").glob("*.nii.gz")))
     assert "<td>organ</td><td>present</td>" in page
     refused(call("locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--report"), "--overwrite")
+    assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--overwrite")[0] == 0
+    assert not (work / "out" / "report.html").exists()
 
 
 def test_the_json_of_an_exam_is_the_contract(call, taught, work):

@@ -878,6 +878,22 @@ def test_exams_of_different_views_are_registered_where_they_meet(call, taught, i
     np.testing.assert_allclose(moved[shown], ramp(body)[shown], atol=0.3)
 
 
+def test_nothing_of_an_earlier_registration_stays(call, taught, images, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["register", "-m", taught, "-f", images / "one.nii.gz", "-o", out, "-v"]
+    labels = ["-l", images / "labels" / "two.nii.gz"]
+    assert call(*arguments, images / "two.nii.gz", *labels)[0] == 0
+    (out / "note.txt").write_text("mine")
+    for name in ("moved.nii.gz", "linear.tfm", "report.json"):
+        (out / name).unlink()
+    left = {path.name for path in out.iterdir()}
+    refused(call(*arguments, images / "bent.nii.gz", "--linear"), "--overwrite")
+    refused(call(*arguments, images / "none.nii.gz", "--linear", "--overwrite"), "none.nii.gz")
+    assert {path.name for path in out.iterdir()} == left
+    assert call(*arguments, images / "bent.nii.gz", "--linear", "--overwrite")[0] == 0
+    assert {path.name for path in out.iterdir()} == {"moved.nii.gz", "linear.tfm", "report.json", "note.txt"}
+
+
 def test_exams_that_cannot_be_registered_are_refused(call, taught, images, tmp_path):
     out, common = tmp_path / "out", ["register", "-m", taught, "-o", tmp_path / "out", "-f"]
     one, feet = images / "one.nii.gz", images / "feet.nii.gz"

@@ -297,6 +297,13 @@ def test_register_writes_what_lies_on_the_fixed_image(call, known, images, tmp_p
     np.testing.assert_allclose(values[~within], moving.array.min(), atol=1e-6)
 
 
+def test_a_label_map_of_an_earlier_pair_does_not_stay(call, known, images, tmp_path):
+    out, labels = tmp_path / "out", images / "labels" / "two.nii.gz"
+    assert call(*register(known, images, out, "-l", labels))[0] == 0
+    assert call(*register(known, images, out, "--overwrite"))[0] == 0
+    assert {path.name for path in out.iterdir()} == FILES
+
+
 def test_the_report_of_a_registration(call, known, images, tmp_path):
     code, said, _ = call(*register(known, images, tmp_path / "out"))
     assert code == 0

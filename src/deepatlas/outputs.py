@@ -83,11 +83,10 @@ def answer_paths(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}_seg.nii.gz", folder / f"{name}.json"
 
 
-def registration_paths(folder: Path, linear: bool = False, labels: bool = False) -> list[Path]:
-    """What `write_registration` writes, and the report that goes with it."""
-    names = ["moved.nii.gz", "linear.tfm", "report.json"]
-    names += [] if linear else ["displacement.nii.gz", "jacobian.nii.gz"]
-    return [folder / name for name in [*names, *(["moved_seg.nii.gz"] if labels else [])]]
+def registration_paths(folder: Path) -> list[Path]:
+    """All that `write_registration` can write, and the report that goes with it."""
+    fields = ("displacement.nii.gz", "jacobian.nii.gz")
+    return [folder / name for name in ("moved.nii.gz", "moved_seg.nii.gz", "linear.tfm", "report.json", *fields)]
 
 
 def write_registration(
@@ -99,20 +98,26 @@ def write_registration(
     linear: bool = False,
     outside: float = files.AIR_HU,
 ) -> None:
-    """Write the moved image, the transforms as ITK reads them and the map of the change of volume.
+    """Write the moved image, the transforms as ITK reads them and the map of the change of volume, in place of all that
+    an earlier registration left in the folder.
 
     Args:
         labels: of the moving exam, to be moved too.
         linear: leave out the fields, which are those of a linear map.
         outside: what the moved image holds where the moving one does not reach.
     """
-    files.write_image(folder / "moved.nii.gz", transforms.moved(found, fixed, moving, outside=outside), fixed)
-    if labels is not None:
-        files.write_labels(folder / "moved_seg.nii.gz", transforms.moved(found, fixed, labels, labels=True), fixed)
+    image = transforms.moved(found, fixed, moving, outside=outside)
+    drawn = None if labels is None else transforms.moved(found, fixed, labels, labels=True)
+    vectors = None if linear else transforms.displacement(found, fixed)
+    change = None if linear else transforms.jacobian(vectors, fixed)
+    for path in registration_paths(folder):  # only now, when nothing can fail but the writing
+        path.unlink(missing_ok=True)
+    files.write_image(folder / "moved.nii.gz", image, fixed)
     if not linear:
-        vectors = transforms.displacement(found, fixed)
         files.write_vectors(folder / "displacement.nii.gz", vectors, fixed)
-        files.write_image(folder / "jacobian.nii.gz", transforms.jacobian(vectors, fixed), fixed)
+        files.write_image(folder / "jacobian.nii.gz", change, fixed)
+    if labels is not None:
+        files.write_labels(folder / "moved_seg.nii.gz", drawn, fixed)
     checkpoint.write_text(folder / "linear.tfm", transforms.itk_transform(found.linear))
 
 

@@ -205,6 +205,8 @@ def _answer(
     if page and shown:
         report.write(page, f"{loaded.name}: what was found", shown)
         lines.append(f"Report: {page}")
+    elif overwrite and answers.found:
+        (output / "report.html").unlink(missing_ok=True)  # it showed the answers before these
     for line in lines:
         typer.echo(line)
     outputs.write_failed(output / "failed.json", failed, [files.exam_name(path) for path in answers_at])

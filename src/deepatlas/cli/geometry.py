@@ -376,7 +376,7 @@ def register(
     from deepatlas.prepare import prepare
 
     choice("--kind", kind, registering.KINDS)
-    outputs.claim(outputs.registration_paths(output, linear, labels is not None), overwrite)
+    outputs.claim(outputs.registration_paths(output), overwrite)
     loaded = load(checkpoint.find(model), device)
     still, laid = files.read_exam(fixed), files.read_exam(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
@@ -384,8 +384,8 @@ def register(
     fine = tuple(prepare(exam, FINE.size, loaded.region) for exam in (still, laid)) if refined else None
     there = registering.register(*maps, kind, not linear, fine)
     back = registering.register(*maps[::-1], kind, not linear, fine and fine[::-1])
-    outputs.write_registration(output, there, still, laid, drawn, linear)
     about = registering.describe(there, back, *maps, (still.name, laid.name)) | {"linear": kind, "refined": refined}
+    outputs.write_registration(output, there, still, laid, drawn, linear)
     checkpoint.write_text(output / "report.json", json.dumps(about, indent=1))
     typer.echo(
         f"{output}: {about['overlap']:.0%} of {still.name} has a counterpart in {laid.name}; "

@@ -152,14 +152,13 @@ def register(
 
     from deepatlas import checkpoint, files, outputs, regseg, transforms
 
-    outputs.claim(outputs.registration_paths(output, labels=labels is not None), overwrite)
+    outputs.claim(outputs.registration_paths(output), overwrite)
     loaded = regseg.load(checkpoint.find(model))
     still, laid = files.read_image(fixed), files.read_image(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
     at_fixed, at_moving = loaded.place(still), loaded.place(laid)
     there = regseg.register_placed(loaded, at_fixed, at_moving)
     back = regseg.register_placed(loaded, at_moving, at_fixed)
-    outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
     places = loaded.frame.points_mm(still, at_fixed.pose)[at_fixed.inside]
     apart = transforms.inverse_consistency_mm(there, back, places)
     moved = np.linalg.norm(there.points(places) - places, axis=-1)
@@ -171,6 +170,7 @@ def register(
         "displacement_mm": _spread(moved),
         "inverse_consistency_mm": _spread(apart),
     }
+    outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
     checkpoint.write_text(output / "report.json", json.dumps(about, indent=1))
     typer.echo(
         f"{output}: {about['folded']:.2%} folds, there and back differs by {about['inverse_consistency_mm']['median']} "
