@@ -487,6 +487,15 @@ def test_a_region_that_cannot_be_is_refused(call, model, taught, images, drawn, 
     refused(call("roi", "-m", taught, "--name", "mid", "--structures", "organ"), "copy")
 
 
+def test_a_structure_does_not_take_the_name_of_a_region(call, model, images, tmp_path):
+    assert call("roi", "-m", model, "--name", "mid", "--structures", "organ")[0] == 0
+    names = told(tmp_path / "labels.json", {"mid": 7})
+    drawn = ["-l", images / "labels" / "one.nii.gz", "--names", names]
+    refused(call("define", "-m", model, "-i", images / "one.nii.gz", *drawn), "mid", "region")
+    refused(call("structures", "rename", "organ", "mid", "-m", model), "mid", "region")
+    assert list(checkpoint.load(model).structures) == list(NAMES)
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -58,7 +58,7 @@ def define_files(
         ExamError, LabelError: nothing can be used. StructureError: nothing (or not everything required) is drawn.
     """
     for name in names:
-        check_name(name)
+        check_name(name, model)
     pairs = pair(exams, labels)
     failed: dict[str, str] = {}
     label_paths = dict(pairs)
@@ -202,24 +202,31 @@ def pair(exams: Path, labels: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def check_name(name: str) -> None:
-    """Refuse a name that no list of names could hold.
+def check_name(name: str, model: Model) -> None:
+    """Refuse a name by which a structure could not be asked for.
 
     Raises:
-        StructureError: it has a comma.
+        StructureError: it has a comma, or is that of a region of the model or of one finer than it.
     """
     if "," in name:
         raise StructureError(f"Expected a name without commas, which part names in lists, got {name!r}; change it.")
+    if name in model.regions:
+        raise StructureError(
+            f"Expected a name that no region has, got {name}, a region of {model.name}, which would hide the "
+            "structure; choose another name."
+        )
+    for finer in model.finer.values():
+        check_name(name, finer)
 
 
 def renamed(model: Model, old: str, new: str) -> Model:
     """The model with a structure under another name, in the same place of its library.
 
     Raises:
-        StructureError: the old name is unknown, or the new one is empty or in use.
+        StructureError: the old name is unknown, or the new one is empty, in use or that of a region.
     """
     model.structure(old)
-    check_name(new)
+    check_name(new, model)
     if not new.strip() or new in model.structures:
         raise StructureError(f"Expected a new name for {old}, got {new!r}, which is empty or in use; choose another.")
     structures = {new if name == old else name: one for name, one in model.structures.items()}
