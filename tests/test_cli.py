@@ -399,6 +399,18 @@ def test_define_from_folders(call, trained, work):
     refused(call("define", "-m", trained, *arguments, "-o", work / "new"), "another folder")
 
 
+def test_exams_and_answers_may_share_a_folder(call, taught, trained, work):
+    folder = work / "images"
+    for _ in range(2):
+        assert call("locate", "-m", taught, "-i", folder, "-o", folder, "--overwrite")[0] == 0
+    assert {path.name for path in folder.iterdir()} == {"one.nii.gz", "one_seg.nii.gz", "one.json"}
+    arguments = ("-m", trained, "-i", folder, "-l", folder, "--names", work / "labels.json", "-o", work / "new")
+    code, out, _ = call("define", *arguments)
+    assert (code, "organ: number 7, from 1 exam." in out) == (0, True)
+    (folder / "one_seg.nii.gz").unlink()
+    refused(call("define", *arguments[:-1], work / "none"), "label map named like an exam")
+
+
 def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):
     shutil.copytree(taught, work / "model")
     arguments = ["-m", work / "model", "-i", work / "images", "-l", work / "labels", "--names", work / "labels.json"]

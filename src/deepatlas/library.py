@@ -185,14 +185,21 @@ def without_faults(labels: Volume, exam: str, names: dict[str, int], exclude: di
 def pair(exams: Path, labels: Path) -> list[tuple[Path, Path]]:
     """Exams and their label maps, by name; a single exam and a single label map belong together under any name.
 
+    Where both are in one folder, an exam is no label map of its own, but `X_seg` is that of `X`.
+
     Raises:
         ExamError: a folder is missing or empty. LabelError: no exam has a label map.
     """
-    exam_paths, label_paths = files.find_exams(exams), files.find_exams(labels)
+    exam_paths, label_paths = files.find_inputs(exams), files.find_exams(labels)
     if exams.is_file() and labels.is_file():
         return [(exam_paths[0], label_paths[0])]
-    by_name = {files.exam_name(path).removesuffix("_seg"): path for path in label_paths}
-    by_name |= {files.exam_name(path): path for path in label_paths}
+    by_name = {
+        files.exam_name(path).removesuffix("_seg"): path
+        for path in label_paths
+        if files.exam_name(path).endswith("_seg")
+    }
+    themselves = {path.resolve() for path in exam_paths}
+    by_name |= {files.exam_name(path): path for path in label_paths if path.resolve() not in themselves}
     pairs = [(path, by_name[files.exam_name(path)]) for path in exam_paths if files.exam_name(path) in by_name]
     if not pairs:
         raise LabelError(

@@ -104,7 +104,7 @@ def vote(
     from deepatlas.config import FINE
     from deepatlas.prepare import Prepared, prepare
 
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     loaded = load(checkpoint.find(model), device)
     table = {name: number for name, number in table_of_names(names, structures).items() if loaded.structure(name)}
     faults = label_faults(exclude, names)
@@ -168,7 +168,7 @@ def _answer(
         from deepatlas import report
     if cascade:
         from deepatlas.cascade import locate as find
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     loaded = load(checkpoint.find(model), device)
     wanted = names_in(structures) or list(loaded.structures)
     if cascade and not loaded.finer:

@@ -57,7 +57,7 @@ def points(
     if pairwise and source is None:
         raise typer.BadParameter("There is no other exam to fit to; give --from and --points.", param_hint="--pairwise")
     wanted = markups.read_points(marked, frame) if marked else {}
-    paths = files.find_exams(target)
+    paths = files.find_inputs(target)
     slicer = marked is not None and marked.name.lower().endswith(".mrk.json")
     suffix = ".mrk.json" if slicer else marked.suffix if marked else ".json"
     targets = outputs.targets(target, paths, output, suffix)
@@ -108,7 +108,7 @@ def mark(
 
     choice("--frame", frame, markups.FRAMES)
     folder = own(checkpoint.find(model))
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     tables = {path: _points_of(path, marked) for path in paths} if inputs.is_dir() else {paths[0]: marked}
     tables = {path: table for path, table in tables.items() if table is not None}
     if not tables:
@@ -151,7 +151,7 @@ def boxes(
     choice("--frame", frame, markups.FRAMES)
     if (source is None) != (drawn is None):
         raise typer.BadParameter("--from and --box belong together.", param_hint="--box")
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     targets = outputs.targets(inputs, paths, output, ".json")
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
@@ -264,7 +264,7 @@ def crop(
 
     if spacing is not None and size is not None:
         raise typer.BadParameter("Give --spacing or --size, not both.", param_hint="--size")
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     if labels is not None and inputs.is_dir():
         raise typer.BadParameter("A label map goes with a single exam.", param_hint="-l")
     targets = outputs.targets(inputs, paths, output, ".nii.gz")
@@ -325,7 +325,7 @@ def coverage(
 
     from deepatlas import checkpoint, files, outputs, regions
 
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     outputs.claim([output], overwrite)
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]

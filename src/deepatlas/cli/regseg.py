@@ -63,7 +63,7 @@ def train(
     check_folder(output, resume)  # before minutes of reading
     atlas = AtlasGrid.of(checkpoint.load(checkpoint.find(start)), roi) if start else None
     left = set(files.read_list(leave_out)) if leave_out else set()
-    paths = {files.exam_name(path): path for path in files.find_exams(images)}
+    paths = {files.exam_name(path): path for path in files.find_inputs(images)}
     if left - paths.keys():
         raise ExamError(f"Expected images to leave out, found no {sorted(left - paths.keys())[0]}; correct the list.")
     paths = {name: path for name, path in paths.items() if name not in left}
@@ -193,7 +193,7 @@ def segment(
     """Segment images on their own grids: OUT/<exam>_seg.nii.gz."""
     from deepatlas import checkpoint, files, outputs, regseg
 
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     targets = {path: outputs.answer_paths(output, files.exam_name(path))[0] for path in paths}
     outputs.claim(targets.values(), overwrite)
     loaded = regseg.load(checkpoint.find(model))
@@ -225,7 +225,7 @@ def evaluate(
     outputs.claim([output], overwrite)
     loaded = regseg.load(checkpoint.find(model))
     drawn = {files.exam_name(path): path for path in files.find_exams(labels)}
-    paths = {files.exam_name(path): path for path in files.find_exams(images)}
+    paths = {files.exam_name(path): path for path in files.find_inputs(images)}
     wanted = files.read_list(exams) if exams else [name for name in paths if name in drawn]
     for name in wanted:
         if name not in paths or name not in drawn:
