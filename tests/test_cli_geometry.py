@@ -1022,6 +1022,21 @@ def test_outputs_that_exist_are_kept_unless_told(call, commands, tmp_path, name)
     assert (tmp_path / "work" / written[0]).read_bytes() != b"mine"
 
 
+@pytest.mark.parametrize("name", ["points", "boxes", "crop", "uncrop", "coverage"])
+def test_an_output_is_a_file_for_an_exam_and_a_folder_for_a_folder(call, commands, some, tmp_path, name):
+    arguments, (written, *_) = commands[name]
+    arguments = arguments[:-1]
+    refused(call(*arguments, f"{tmp_path}/new/"), "output file", "new")
+    for there in (tmp_path / "there", tmp_path / "dir" / written):
+        there.mkdir(parents=True)
+        refused(call(*arguments, there, "--overwrite"), "output file", "the folder")
+    if name in ("points", "boxes", "crop"):  # the others write one file, whatever they are given
+        arguments[arguments.index("-t" if name == "points" else "-i") + 1] = some("two")
+        refused(call(*arguments, tmp_path / "work" / written), "output folder", written)
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "work" / written).exists()
+
+
 def test_what_is_written_names_nothing_of_the_header_and_no_folder(call, commands, images, tmp_path):
     assert TEXT in gzip.decompress((images / "two.nii.gz").read_bytes())
     for name, (arguments, _) in commands.items():

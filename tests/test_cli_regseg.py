@@ -550,6 +550,14 @@ def test_outputs_that_exist_are_kept_unless_told(call, commands, tmp_path, name)
     assert (tmp_path / "work" / written[0]).read_bytes() != b"mine"
 
 
+@pytest.mark.parametrize("name", ["register", "segment"])
+def test_a_folder_for_results_is_not_named_like_a_file(call, commands, tmp_path, name):
+    arguments, _ = commands[name]
+    arguments[arguments.index("-o") + 1] = tmp_path / "one_seg.nii.gz"
+    refused(call(*arguments), "output folder", "one_seg.nii.gz")
+    assert not (tmp_path / "one_seg.nii.gz").exists()
+
+
 def test_what_is_written_names_nothing_of_the_header_and_no_folder(call, commands, trained, images, tmp_path):
     assert TEXT in gzip.decompress((images / "one.nii.gz").read_bytes())
     for name, (arguments, _) in commands.items():

@@ -21,6 +21,9 @@ from deepatlas.found import Found
 from deepatlas.transforms import Transform
 from deepatlas.volume import Volume
 
+FILE_ENDINGS = (*files.SUFFIXES, ".json", ".csv")
+"""Names that end so are of files."""
+
 
 def describe(exam: Exam, found: dict[str, Found], model: Model) -> dict[str, Any]:
     """What was found in an exam, in types that JSON knows: shares to 4 digits, ml to 3, mm (RAS) to 2.
@@ -134,20 +137,46 @@ def write_review(path: Path, found: dict[str, dict[str, Found]]) -> None:
     checkpoint.write_text(path, table.getvalue().rstrip("\n"))
 
 
-def targets(asked: Path, exams: list[Path], output: Path, suffix: str) -> dict[Path, Path]:
-    """Where the answer for each exam goes: into a folder by its name where a folder was asked for, else to `output`."""
+def targets(asked: Path, exams: list[Path], output: Path, suffix: str, endings: tuple[str, ...]) -> dict[Path, Path]:
+    """Where the answer for each exam goes: into a folder by its name where a folder was asked for, else to `output`.
+
+    Args:
+        endings: of which the name of a single answer must have one.
+
+    Raises:
+        ExamError: `output` is not named like a file where one is asked for.
+    """
     if asked.is_dir():
         return {path: output / f"{files.exam_name(path)}{suffix}" for path in exams}
+    check_file(output, endings)
     return {exams[0]: output}
+
+
+def check_file(path: Path, endings: tuple[str, ...]) -> None:
+    """Refuse an output that cannot be a file.
+
+    Raises:
+        ExamError: it is a folder, or its name has none of the endings.
+    """
+    if path.is_dir() or not path.name.lower().endswith(endings):
+        got = f"the folder {path}" if path.is_dir() else path.name
+        raise ExamError(f"Expected an output file ending in {' or '.join(endings)}, got {got}; name a file.")
 
 
 def claim(paths: Iterable[Path], overwrite: bool) -> None:
     """Make the folders of outputs, and refuse, before any work, those that exist already.
 
     Raises:
-        ExamError: an output exists and `overwrite` is not set, or its folder cannot be made.
+        ExamError: an output exists and `overwrite` is not set, or its folder is named like a file or cannot be made.
     """
     paths = list(paths)
+    folders = list(dict.fromkeys(path.parent for path in paths))
+    for path in paths:
+        if path.is_dir() and path.name.lower().endswith(FILE_ENDINGS):
+            raise ExamError(f"Expected to write the file {path}, got a folder of that name; choose another place.")
+    for folder in folders:
+        if folder.name.lower().endswith(FILE_ENDINGS) and not folder.is_dir():
+            raise ExamError(f"Expected an output folder, got {folder}, which is named like a file; name a folder.")
     present = [path for path in paths if path.exists()]
     if present and not overwrite:
         more = f" and {len(present) - 1} more" if len(present) > 1 else ""
@@ -155,7 +184,7 @@ def claim(paths: Iterable[Path], overwrite: bool) -> None:
             f"Expected new outputs, but {present[0]}{more} exists already; add --overwrite to replace, "
             "or choose another place."
         )
-    for folder in dict.fromkeys(path.parent for path in paths):
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

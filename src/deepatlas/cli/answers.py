@@ -253,6 +253,7 @@ def atlas(
     """
     from deepatlas import checkpoint, dense, files, outputs
 
+    outputs.check_file(output, files.SUFFIXES)
     exam = files.read_exam(inputs) if inputs else None
     loaded = load(checkpoint.find(model), device)
     outputs.claim([output], overwrite)

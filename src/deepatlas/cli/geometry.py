@@ -60,7 +60,7 @@ def points(
     paths = files.find_inputs(target)
     slicer = marked is not None and marked.name.lower().endswith(".mrk.json")
     suffix = ".mrk.json" if slicer else marked.suffix if marked else ".json"
-    targets = outputs.targets(target, paths, output, suffix)
+    targets = outputs.targets(target, paths, output, suffix, (".json", ".csv"))
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
     drawn_on = files.read_exam(source) if source else None
@@ -152,7 +152,7 @@ def boxes(
     if (source is None) != (drawn is None):
         raise typer.BadParameter("--from and --box belong together.", param_hint="--box")
     paths = files.find_inputs(inputs)
-    targets = outputs.targets(inputs, paths, output, ".json")
+    targets = outputs.targets(inputs, paths, output, ".json", (".json",))
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
@@ -267,7 +267,7 @@ def crop(
     paths = files.find_inputs(inputs)
     if labels is not None and inputs.is_dir():
         raise typer.BadParameter("A label map goes with a single exam.", param_hint="-l")
-    targets = outputs.targets(inputs, paths, output, ".nii.gz")
+    targets = outputs.targets(inputs, paths, output, ".nii.gz", files.SUFFIXES)
     beside = {path: target.with_name(f"{files.exam_name(target)}.json") for path, target in targets.items()}
     outputs.claim([*targets.values(), *beside.values()], overwrite)
     loaded = load(checkpoint.find(model), device)
@@ -299,6 +299,7 @@ def uncrop(
     from deepatlas import files, outputs, regions
 
     about = read_json(record, dict)
+    outputs.check_file(output, files.SUFFIXES)
     outputs.claim([output], overwrite)
     like = regions.recorded_exam(about, record.name)
     result = files.read_values(inputs)
@@ -326,6 +327,7 @@ def coverage(
     from deepatlas import checkpoint, files, outputs, regions
 
     paths = files.find_inputs(inputs)
+    outputs.check_file(output, (".csv",))
     outputs.claim([output], overwrite)
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]

@@ -222,6 +222,7 @@ def evaluate(
     """Score segmentation of labelled images and registration of pairs of them."""
     from deepatlas import checkpoint, files, outputs, regseg, regseg_scores
 
+    outputs.check_file(output, (".json",))
     outputs.claim([output], overwrite)
     loaded = regseg.load(checkpoint.find(model))
     drawn = {files.exam_name(path): path for path in files.find_exams(labels)}
