@@ -222,6 +222,8 @@ def test_a_report_shows_what_was_found_in_every_exam(call, taught, work):
     assert page.count("data:image/png;base64,") == len(list((work / "images").glob("*.nii.gz")))
     assert "<td>organ</td><td>present</td>" in page
     refused(call("locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--report"), "--overwrite")
+    assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--overwrite")[0] == 0
+    assert not (work / "out" / "report.html").exists()
 
 
 def test_the_json_of_an_exam_is_the_contract(call, taught, work):
@@ -310,11 +312,25 @@ def test_a_folder_is_resumed(call, taught, work):
     assert call(*arguments, images, "--resume")[0] == 0
     assert (work / "out" / "bad.json").exists()
     assert not (work / "out" / "failed.json").exists()
-    (work / "out" / "failed.json").write_text(json.dumps({"elsewhere": "broken", "one": "mended since"}))
+    (work / "out" / "failed.json").write_text(json.dumps({"elsewhere": "broken"}))
     assert call(*arguments, images, "--resume")[:2] == (0, "")
     assert json.loads((work / "out" / "failed.json").read_text()) == {"elsewhere": "broken"}
     for wrong in ("--overwrite", "--report"):
         assert call(*arguments, images, "--resume", wrong)[0] == 2
+
+
+def test_an_exam_that_failed_is_not_resumed_as_done_by_its_older_answer(call, taught, work):
+    arguments = ["locate", "-m", taught, "-i", work / "images", "-o", work / "out", "--structures", "organ"]
+    assert call(*arguments)[0] == 0
+    (work / "images" / "one.nii.gz").write_bytes(b"damaged since")
+    assert call(*arguments, "--overwrite")[0] == 3
+    assert (work / "out" / "one.json").exists()
+    assert call(*arguments, "--resume")[0] == 3
+    assert list(json.loads((work / "out" / "failed.json").read_text())) == ["one"]
+    save(work / "images" / "one.nii.gz", anatomy()[0])
+    code, out, _ = call(*arguments, "--resume")
+    assert (code, "organ" in out) == (0, True)
+    assert not (work / "out" / "failed.json").exists()
 
 
 def test_existing_outputs_are_kept_unless_told(call, taught, work):
@@ -381,6 +397,18 @@ def test_define_from_folders(call, trained, work):
     assert {one.exams for one in checkpoint.load(work / "new").structures.values()} == {2}
     assert checkpoint.load(trained).structures == {}
     refused(call("define", "-m", trained, *arguments, "-o", work / "new"), "another folder")
+
+
+def test_exams_and_answers_may_share_a_folder(call, taught, trained, work):
+    folder = work / "images"
+    for _ in range(2):
+        assert call("locate", "-m", taught, "-i", folder, "-o", folder, "--overwrite")[0] == 0
+    assert {path.name for path in folder.iterdir()} == {"one.nii.gz", "one_seg.nii.gz", "one.json"}
+    arguments = ("-m", trained, "-i", folder, "-l", folder, "--names", work / "labels.json", "-o", work / "new")
+    code, out, _ = call("define", *arguments)
+    assert (code, "organ: number 7, from 1 exam." in out) == (0, True)
+    (folder / "one_seg.nii.gz").unlink()
+    refused(call("define", *arguments[:-1], work / "none"), "label map named like an exam")
 
 
 def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):

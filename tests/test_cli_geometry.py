@@ -487,6 +487,15 @@ def test_a_region_that_cannot_be_is_refused(call, model, taught, images, drawn, 
     refused(call("roi", "-m", taught, "--name", "mid", "--structures", "organ"), "copy")
 
 
+def test_a_structure_does_not_take_the_name_of_a_region(call, model, images, tmp_path):
+    assert call("roi", "-m", model, "--name", "mid", "--structures", "organ")[0] == 0
+    names = told(tmp_path / "labels.json", {"mid": 7})
+    drawn = ["-l", images / "labels" / "one.nii.gz", "--names", names]
+    refused(call("define", "-m", model, "-i", images / "one.nii.gz", *drawn), "mid", "region")
+    refused(call("structures", "rename", "organ", "mid", "-m", model), "mid", "region")
+    assert list(checkpoint.load(model).structures) == list(NAMES)
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -878,6 +887,22 @@ def test_exams_of_different_views_are_registered_where_they_meet(call, taught, i
     np.testing.assert_allclose(moved[shown], ramp(body)[shown], atol=0.3)
 
 
+def test_nothing_of_an_earlier_registration_stays(call, taught, images, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["register", "-m", taught, "-f", images / "one.nii.gz", "-o", out, "-v"]
+    labels = ["-l", images / "labels" / "two.nii.gz"]
+    assert call(*arguments, images / "two.nii.gz", *labels)[0] == 0
+    (out / "note.txt").write_text("mine")
+    for name in ("moved.nii.gz", "linear.tfm", "report.json"):
+        (out / name).unlink()
+    left = {path.name for path in out.iterdir()}
+    refused(call(*arguments, images / "bent.nii.gz", "--linear"), "--overwrite")
+    refused(call(*arguments, images / "none.nii.gz", "--linear", "--overwrite"), "none.nii.gz")
+    assert {path.name for path in out.iterdir()} == left
+    assert call(*arguments, images / "bent.nii.gz", "--linear", "--overwrite")[0] == 0
+    assert {path.name for path in out.iterdir()} == {"moved.nii.gz", "linear.tfm", "report.json", "note.txt"}
+
+
 def test_exams_that_cannot_be_registered_are_refused(call, taught, images, tmp_path):
     out, common = tmp_path / "out", ["register", "-m", taught, "-o", tmp_path / "out", "-f"]
     one, feet = images / "one.nii.gz", images / "feet.nii.gz"
@@ -995,6 +1020,21 @@ def test_outputs_that_exist_are_kept_unless_told(call, commands, tmp_path, name)
     assert call(*arguments, "--overwrite")[0] == 0
     assert {path.name for path in (tmp_path / "work").iterdir()} == set(written)
     assert (tmp_path / "work" / written[0]).read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("name", ["points", "boxes", "crop", "uncrop", "coverage"])
+def test_an_output_is_a_file_for_an_exam_and_a_folder_for_a_folder(call, commands, some, tmp_path, name):
+    arguments, (written, *_) = commands[name]
+    arguments = arguments[:-1]
+    refused(call(*arguments, f"{tmp_path}/new/"), "output file", "new")
+    for there in (tmp_path / "there", tmp_path / "dir" / written):
+        there.mkdir(parents=True)
+        refused(call(*arguments, there, "--overwrite"), "output file", "the folder")
+    if name in ("points", "boxes", "crop"):  # the others write one file, whatever they are given
+        arguments[arguments.index("-t" if name == "points" else "-i") + 1] = some("two")
+        refused(call(*arguments, tmp_path / "work" / written), "output folder", written)
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "work" / written).exists()
 
 
 def test_what_is_written_names_nothing_of_the_header_and_no_folder(call, commands, images, tmp_path):

@@ -297,6 +297,13 @@ def test_register_writes_what_lies_on_the_fixed_image(call, known, images, tmp_p
     np.testing.assert_allclose(values[~within], moving.array.min(), atol=1e-6)
 
 
+def test_a_label_map_of_an_earlier_pair_does_not_stay(call, known, images, tmp_path):
+    out, labels = tmp_path / "out", images / "labels" / "two.nii.gz"
+    assert call(*register(known, images, out, "-l", labels))[0] == 0
+    assert call(*register(known, images, out, "--overwrite"))[0] == 0
+    assert {path.name for path in out.iterdir()} == FILES
+
+
 def test_the_report_of_a_registration(call, known, images, tmp_path):
     code, said, _ = call(*register(known, images, tmp_path / "out"))
     assert code == 0
@@ -541,6 +548,14 @@ def test_outputs_that_exist_are_kept_unless_told(call, commands, tmp_path, name)
     assert call(*arguments, "--overwrite")[0] == 0
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == written
     assert (tmp_path / "work" / written[0]).read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("name", ["register", "segment"])
+def test_a_folder_for_results_is_not_named_like_a_file(call, commands, tmp_path, name):
+    arguments, _ = commands[name]
+    arguments[arguments.index("-o") + 1] = tmp_path / "one_seg.nii.gz"
+    refused(call(*arguments), "output folder", "one_seg.nii.gz")
+    assert not (tmp_path / "one_seg.nii.gz").exists()
 
 
 def test_what_is_written_names_nothing_of_the_header_and_no_folder(call, commands, trained, images, tmp_path):

@@ -20,6 +20,7 @@ from deepatlas.files import (
     check_same_grid,
     exam_name,
     find_exams,
+    find_inputs,
     read_exam,
     read_labels,
     read_names,
@@ -166,6 +167,14 @@ def test_names_and_folders(tmp_path):
     make(tmp_path / "a.nii.gz")
     with pytest.raises(ExamError, match="one exam per name"):
         find_exams(tmp_path)
+
+
+def test_a_label_map_beside_its_exam_is_no_exam(tmp_path):
+    for name in ("a", "a_seg", "b_seg"):
+        make(tmp_path / f"{name}.nii.gz")
+    assert [exam_name(path) for path in find_inputs(tmp_path)] == ["a", "b_seg"]
+    assert [exam_name(path) for path in find_exams(tmp_path)] == ["a", "a_seg", "b_seg"]
+    assert find_inputs(tmp_path / "a_seg.nii.gz") == [tmp_path / "a_seg.nii.gz"]
 
 
 def test_no_exams(tmp_path):

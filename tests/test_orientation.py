@@ -10,6 +10,7 @@ from torch import nn
 from deepatlas import grid, orientation
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
+from deepatlas.cli.reading import mapped
 from deepatlas.config import NetworkConfig
 from deepatlas.embedding import embed
 from deepatlas.prepare import prepare
@@ -121,3 +122,10 @@ def test_a_turn_in_words():
 def test_an_exam_that_is_no_more_alike_when_turned_stays_as_it_is(exam, model):
     vague = replace(model, atlas=torch.full_like(model.atlas, 0.5))
     assert not orientation.upright(vague, orientation.put_right(exam, WAYS[9])).turned
+
+
+def test_where_a_turn_was_taken_the_sides_are_to_be_checked(model, exam):
+    _, notes = mapped(model, orientation.put_right(exam, WAYS[14]), orient=True)
+    assert len(notes) == 1
+    assert "check left and right" in notes[0]
+    assert mapped(model, exam, orient=True)[1] == []

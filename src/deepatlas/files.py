@@ -99,6 +99,16 @@ def find_exams(path: Path | str) -> list[Path]:
     return [by_name[name] for name in sorted(by_name)]
 
 
+def find_inputs(path: Path | str) -> list[Path]:
+    """What `find_exams` finds, without label maps that lie in the folder of their exam: `X_seg` beside `X`.
+
+    Raises:
+        ExamError: see `find_exams`.
+    """
+    found = {exam_name(one): one for one in find_exams(path)}
+    return [one for name, one in found.items() if not (name.endswith("_seg") and name.removesuffix("_seg") in found)]
+
+
 def read_exam(path: Path | str, prefer: str | None = None) -> Exam:
     """Read a CT exam.
 

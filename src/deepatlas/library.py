@@ -58,7 +58,7 @@ def define_files(
         ExamError, LabelError: nothing can be used. StructureError: nothing (or not everything required) is drawn.
     """
     for name in names:
-        check_name(name)
+        check_name(name, model)
     pairs = pair(exams, labels)
     failed: dict[str, str] = {}
     label_paths = dict(pairs)
@@ -184,14 +184,21 @@ def without_faults(labels: Volume, exam: str, names: dict[str, int], exclude: di
 def pair(exams: Path, labels: Path) -> list[tuple[Path, Path]]:
     """Exams and their label maps, by name; a single exam and a single label map belong together under any name.
 
+    Where both are in one folder, an exam is no label map of its own, but `X_seg` is that of `X`.
+
     Raises:
         ExamError: a folder is missing or empty. LabelError: no exam has a label map.
     """
-    exam_paths, label_paths = files.find_exams(exams), files.find_exams(labels)
+    exam_paths, label_paths = files.find_inputs(exams), files.find_exams(labels)
     if exams.is_file() and labels.is_file():
         return [(exam_paths[0], label_paths[0])]
-    by_name = {files.exam_name(path).removesuffix("_seg"): path for path in label_paths}
-    by_name |= {files.exam_name(path): path for path in label_paths}
+    by_name = {
+        files.exam_name(path).removesuffix("_seg"): path
+        for path in label_paths
+        if files.exam_name(path).endswith("_seg")
+    }
+    themselves = {path.resolve() for path in exam_paths}
+    by_name |= {files.exam_name(path): path for path in label_paths if path.resolve() not in themselves}
     pairs = [(path, by_name[files.exam_name(path)]) for path in exam_paths if files.exam_name(path) in by_name]
     if not pairs:
         raise LabelError(
@@ -201,24 +208,31 @@ def pair(exams: Path, labels: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def check_name(name: str) -> None:
-    """Refuse a name that no list of names could hold.
+def check_name(name: str, model: Model) -> None:
+    """Refuse a name by which a structure could not be asked for.
 
     Raises:
-        StructureError: it has a comma.
+        StructureError: it has a comma, or is that of a region of the model or of one finer than it.
     """
     if "," in name:
         raise StructureError(f"Expected a name without commas, which part names in lists, got {name!r}; change it.")
+    if name in model.regions:
+        raise StructureError(
+            f"Expected a name that no region has, got {name}, a region of {model.name}, which would hide the "
+            "structure; choose another name."
+        )
+    for finer in model.finer.values():
+        check_name(name, finer)
 
 
 def renamed(model: Model, old: str, new: str) -> Model:
     """The model with a structure under another name, in the same place of its library.
 
     Raises:
-        StructureError: the old name is unknown, or the new one is empty or in use.
+        StructureError: the old name is unknown, or the new one is empty, in use or that of a region.
     """
     model.structure(old)
-    check_name(new)
+    check_name(new, model)
     if not new.strip() or new in model.structures:
         raise StructureError(f"Expected a new name for {old}, got {new!r}, which is empty or in use; choose another.")
     structures = {new if name == old else name: one for name, one in model.structures.items()}

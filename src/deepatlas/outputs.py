@@ -21,6 +21,9 @@ from deepatlas.found import Found
 from deepatlas.transforms import Transform
 from deepatlas.volume import Volume
 
+FILE_ENDINGS = (*files.SUFFIXES, ".json", ".csv")
+"""Names that end so are of files."""
+
 
 def describe(exam: Exam, found: dict[str, Found], model: Model) -> dict[str, Any]:
     """What was found in an exam, in types that JSON knows: shares to 4 digits, ml to 3, mm (RAS) to 2.
@@ -83,11 +86,10 @@ def answer_paths(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}_seg.nii.gz", folder / f"{name}.json"
 
 
-def registration_paths(folder: Path, linear: bool = False, labels: bool = False) -> list[Path]:
-    """What `write_registration` writes, and the report that goes with it."""
-    names = ["moved.nii.gz", "linear.tfm", "report.json"]
-    names += [] if linear else ["displacement.nii.gz", "jacobian.nii.gz"]
-    return [folder / name for name in [*names, *(["moved_seg.nii.gz"] if labels else [])]]
+def registration_paths(folder: Path) -> list[Path]:
+    """All that `write_registration` can write, and the report that goes with it."""
+    fields = ("displacement.nii.gz", "jacobian.nii.gz")
+    return [folder / name for name in ("moved.nii.gz", "moved_seg.nii.gz", "linear.tfm", "report.json", *fields)]
 
 
 def write_registration(
@@ -99,20 +101,26 @@ def write_registration(
     linear: bool = False,
     outside: float = files.AIR_HU,
 ) -> None:
-    """Write the moved image, the transforms as ITK reads them and the map of the change of volume.
+    """Write the moved image, the transforms as ITK reads them and the map of the change of volume, in place of all that
+    an earlier registration left in the folder.
 
     Args:
         labels: of the moving exam, to be moved too.
         linear: leave out the fields, which are those of a linear map.
         outside: what the moved image holds where the moving one does not reach.
     """
-    files.write_image(folder / "moved.nii.gz", transforms.moved(found, fixed, moving, outside=outside), fixed)
-    if labels is not None:
-        files.write_labels(folder / "moved_seg.nii.gz", transforms.moved(found, fixed, labels, labels=True), fixed)
+    image = transforms.moved(found, fixed, moving, outside=outside)
+    drawn = None if labels is None else transforms.moved(found, fixed, labels, labels=True)
+    vectors = None if linear else transforms.displacement(found, fixed)
+    change = None if linear else transforms.jacobian(vectors, fixed)
+    for path in registration_paths(folder):  # only now, when nothing can fail but the writing
+        path.unlink(missing_ok=True)
+    files.write_image(folder / "moved.nii.gz", image, fixed)
     if not linear:
-        vectors = transforms.displacement(found, fixed)
         files.write_vectors(folder / "displacement.nii.gz", vectors, fixed)
-        files.write_image(folder / "jacobian.nii.gz", transforms.jacobian(vectors, fixed), fixed)
+        files.write_image(folder / "jacobian.nii.gz", change, fixed)
+    if labels is not None:
+        files.write_labels(folder / "moved_seg.nii.gz", drawn, fixed)
     checkpoint.write_text(folder / "linear.tfm", transforms.itk_transform(found.linear))
 
 
@@ -129,20 +137,46 @@ def write_review(path: Path, found: dict[str, dict[str, Found]]) -> None:
     checkpoint.write_text(path, table.getvalue().rstrip("\n"))
 
 
-def targets(asked: Path, exams: list[Path], output: Path, suffix: str) -> dict[Path, Path]:
-    """Where the answer for each exam goes: into a folder by its name where a folder was asked for, else to `output`."""
+def targets(asked: Path, exams: list[Path], output: Path, suffix: str, endings: tuple[str, ...]) -> dict[Path, Path]:
+    """Where the answer for each exam goes: into a folder by its name where a folder was asked for, else to `output`.
+
+    Args:
+        endings: of which the name of a single answer must have one.
+
+    Raises:
+        ExamError: `output` is not named like a file where one is asked for.
+    """
     if asked.is_dir():
         return {path: output / f"{files.exam_name(path)}{suffix}" for path in exams}
+    check_file(output, endings)
     return {exams[0]: output}
+
+
+def check_file(path: Path, endings: tuple[str, ...]) -> None:
+    """Refuse an output that cannot be a file.
+
+    Raises:
+        ExamError: it is a folder, or its name has none of the endings.
+    """
+    if path.is_dir() or not path.name.lower().endswith(endings):
+        got = f"the folder {path}" if path.is_dir() else path.name
+        raise ExamError(f"Expected an output file ending in {' or '.join(endings)}, got {got}; name a file.")
 
 
 def claim(paths: Iterable[Path], overwrite: bool) -> None:
     """Make the folders of outputs, and refuse, before any work, those that exist already.
 
     Raises:
-        ExamError: an output exists and `overwrite` is not set, or its folder cannot be made.
+        ExamError: an output exists and `overwrite` is not set, or its folder is named like a file or cannot be made.
     """
     paths = list(paths)
+    folders = list(dict.fromkeys(path.parent for path in paths))
+    for path in paths:
+        if path.is_dir() and path.name.lower().endswith(FILE_ENDINGS):
+            raise ExamError(f"Expected to write the file {path}, got a folder of that name; choose another place.")
+    for folder in folders:
+        if folder.name.lower().endswith(FILE_ENDINGS) and not folder.is_dir():
+            raise ExamError(f"Expected an output folder, got {folder}, which is named like a file; name a folder.")
     present = [path for path in paths if path.exists()]
     if present and not overwrite:
         more = f" and {len(present) - 1} more" if len(present) > 1 else ""
@@ -150,7 +184,7 @@ def claim(paths: Iterable[Path], overwrite: bool) -> None:
             f"Expected new outputs, but {present[0]}{more} exists already; add --overwrite to replace, "
             "or choose another place."
         )
-    for folder in dict.fromkeys(path.parent for path in paths):
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -198,16 +232,20 @@ def write_failed(path: Path, failed: dict[str, str], done: Iterable[str] = ()) -
     What an earlier run noted about exams that are not in `done` stays; no `done` begins the list anew.
     """
     done = set(done)
-    if done and path.exists():
-        try:
-            older = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            older = {}
-        failed = {name: text for name, text in older.items() if name not in done} | failed
+    if done:
+        failed = {name: text for name, text in read_failed(path).items() if name not in done} | failed
     if failed:
         checkpoint.write_text(path, json.dumps(failed, indent=1, sort_keys=True))
     else:
         path.unlink(missing_ok=True)
+
+
+def read_failed(path: Path) -> dict[str, str]:
+    """The list of exams that failed (name → reason); empty where there is none that can be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _entry(one: Found) -> dict[str, Any]:

@@ -43,7 +43,7 @@ import numpy as np
 
 from deepatlas.config import CUBE
 from deepatlas.errors import CohortError, DeepAtlasError, ExamError
-from deepatlas.files import Exam, exam_name, find_exams, read_exam
+from deepatlas.files import Exam, exam_name, find_inputs, read_exam
 from deepatlas.prepare import Prepared, fixed_extent_mm, prepare
 
 FORMAT = "deepatlas-cohort"
@@ -205,7 +205,7 @@ def build(
         CohortError: the file is no cohort, has other settings or is in use, no exam could be prepared, or workers died.
     """
     cohort = Path(cohort)
-    exams = {exam_name(path): path for path in find_exams(inputs)}
+    exams = {exam_name(path): path for path in find_inputs(inputs)}
     stored: set[str] = set()
     noted: dict[str, str] = {}
     if cohort.exists():

@@ -39,7 +39,7 @@ def locate(
     cascade: CascadeOption = False,
     pictured: Annotated[bool, typer.Option("--report", help="Write report.html too: pictures and a table.")] = False,
     overwrite: OverwriteOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Pass over exams that have an answer already.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Pass over exams that were answered already.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Find structures in an exam, or in every exam of a folder, on the exam's own grid.
@@ -104,7 +104,7 @@ def vote(
     from deepatlas.config import FINE
     from deepatlas.prepare import Prepared, prepare
 
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     loaded = load(checkpoint.find(model), device)
     table = {name: number for name, number in table_of_names(names, structures).items() if loaded.structure(name)}
     faults = label_faults(exclude, names)
@@ -159,7 +159,8 @@ def _answer(
     resume: bool = False,
 ) -> Answers:
     """Locate in every exam and write the answers, with pictures on a page where one is wanted; ends with the exit code
-    for what failed unless told otherwise. To resume is to pass over exams whose JSON, which is written last, exists."""
+    for what failed unless told otherwise. To resume is to pass over exams whose JSON, which is written last, exists,
+    unless the list of what failed has them: then the JSON is of an earlier run."""
     from deepatlas import checkpoint, dense, files, outputs
     from deepatlas.locate import locate as find
 
@@ -167,7 +168,7 @@ def _answer(
         from deepatlas import report
     if cascade:
         from deepatlas.cascade import locate as find
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     loaded = load(checkpoint.find(model), device)
     wanted = names_in(structures) or list(loaded.structures)
     if cascade and not loaded.finer:
@@ -180,7 +181,8 @@ def _answer(
     outputs.check_numbers((name, loaded.structure(name).label) for name in wanted)
     answers_at = {path: outputs.answer_paths(output, files.exam_name(path)) for path in paths}
     if resume:
-        paths = [path for path, (_, about) in answers_at.items() if not about.exists()]
+        again = outputs.read_failed(output / "failed.json")
+        paths = [p for p, (_, about) in answers_at.items() if not about.exists() or files.exam_name(p) in again]
     outputs.claim([*(p for path in paths for p in answers_at[path]), *([page] if page else [])], overwrite or resume)
     lines: list[str] = []
     shown: list[str] = []
@@ -203,6 +205,8 @@ def _answer(
     if page and shown:
         report.write(page, f"{loaded.name}: what was found", shown)
         lines.append(f"Report: {page}")
+    elif overwrite and answers.found:
+        (output / "report.html").unlink(missing_ok=True)  # it showed the answers before these
     for line in lines:
         typer.echo(line)
     outputs.write_failed(output / "failed.json", failed, [files.exam_name(path) for path in answers_at])
@@ -249,6 +253,7 @@ def atlas(
     """
     from deepatlas import checkpoint, dense, files, outputs
 
+    outputs.check_file(output, files.SUFFIXES)
     exam = files.read_exam(inputs) if inputs else None
     loaded = load(checkpoint.find(model), device)
     outputs.claim([output], overwrite)

@@ -57,10 +57,10 @@ def points(
     if pairwise and source is None:
         raise typer.BadParameter("There is no other exam to fit to; give --from and --points.", param_hint="--pairwise")
     wanted = markups.read_points(marked, frame) if marked else {}
-    paths = files.find_exams(target)
+    paths = files.find_inputs(target)
     slicer = marked is not None and marked.name.lower().endswith(".mrk.json")
     suffix = ".mrk.json" if slicer else marked.suffix if marked else ".json"
-    targets = outputs.targets(target, paths, output, suffix)
+    targets = outputs.targets(target, paths, output, suffix, (".json", ".csv"))
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
     drawn_on = files.read_exam(source) if source else None
@@ -108,7 +108,7 @@ def mark(
 
     choice("--frame", frame, markups.FRAMES)
     folder = own(checkpoint.find(model))
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     tables = {path: _points_of(path, marked) for path in paths} if inputs.is_dir() else {paths[0]: marked}
     tables = {path: table for path, table in tables.items() if table is not None}
     if not tables:
@@ -151,8 +151,8 @@ def boxes(
     choice("--frame", frame, markups.FRAMES)
     if (source is None) != (drawn is None):
         raise typer.BadParameter("--from and --box belong together.", param_hint="--box")
-    paths = files.find_exams(inputs)
-    targets = outputs.targets(inputs, paths, output, ".json")
+    paths = files.find_inputs(inputs)
+    targets = outputs.targets(inputs, paths, output, ".json", (".json",))
     outputs.claim(targets.values(), overwrite)
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
@@ -264,10 +264,10 @@ def crop(
 
     if spacing is not None and size is not None:
         raise typer.BadParameter("Give --spacing or --size, not both.", param_hint="--size")
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     if labels is not None and inputs.is_dir():
         raise typer.BadParameter("A label map goes with a single exam.", param_hint="-l")
-    targets = outputs.targets(inputs, paths, output, ".nii.gz")
+    targets = outputs.targets(inputs, paths, output, ".nii.gz", files.SUFFIXES)
     beside = {path: target.with_name(f"{files.exam_name(target)}.json") for path, target in targets.items()}
     outputs.claim([*targets.values(), *beside.values()], overwrite)
     loaded = load(checkpoint.find(model), device)
@@ -299,6 +299,7 @@ def uncrop(
     from deepatlas import files, outputs, regions
 
     about = read_json(record, dict)
+    outputs.check_file(output, files.SUFFIXES)
     outputs.claim([output], overwrite)
     like = regions.recorded_exam(about, record.name)
     result = files.read_values(inputs)
@@ -325,7 +326,8 @@ def coverage(
 
     from deepatlas import checkpoint, files, outputs, regions
 
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
+    outputs.check_file(output, (".csv",))
     outputs.claim([output], overwrite)
     loaded = load(checkpoint.find(model), device)
     wanted = [regions.region_of(loaded, name) for name in names_in(roi)]
@@ -376,7 +378,7 @@ def register(
     from deepatlas.prepare import prepare
 
     choice("--kind", kind, registering.KINDS)
-    outputs.claim(outputs.registration_paths(output, linear, labels is not None), overwrite)
+    outputs.claim(outputs.registration_paths(output), overwrite)
     loaded = load(checkpoint.find(model), device)
     still, laid = files.read_exam(fixed), files.read_exam(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
@@ -384,8 +386,8 @@ def register(
     fine = tuple(prepare(exam, FINE.size, loaded.region) for exam in (still, laid)) if refined else None
     there = registering.register(*maps, kind, not linear, fine)
     back = registering.register(*maps[::-1], kind, not linear, fine and fine[::-1])
-    outputs.write_registration(output, there, still, laid, drawn, linear)
     about = registering.describe(there, back, *maps, (still.name, laid.name)) | {"linear": kind, "refined": refined}
+    outputs.write_registration(output, there, still, laid, drawn, linear)
     checkpoint.write_text(output / "report.json", json.dumps(about, indent=1))
     typer.echo(
         f"{output}: {about['overlap']:.0%} of {still.name} has a counterpart in {laid.name}; "

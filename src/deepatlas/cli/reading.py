@@ -58,7 +58,10 @@ def mapped(
         embedded, found = orientation.embed_upright(model, exam)
         if found.turned:
             axes = " ".join(orientation.words(found.turn))
-            notes.append(f"its header is wrong: what it calls right, front, head is {axes}; taken as that")
+            notes.append(
+                f"its header is wrong: what it calls right, front, head is {axes}; taken as that, but its mirror image "
+                "may look the same: check left and right"
+            )
         if found.mirrored:
             notes.append("it looks like a mirror image; nothing was done about it, check left and right")
     else:

@@ -63,7 +63,7 @@ def train(
     check_folder(output, resume)  # before minutes of reading
     atlas = AtlasGrid.of(checkpoint.load(checkpoint.find(start)), roi) if start else None
     left = set(files.read_list(leave_out)) if leave_out else set()
-    paths = {files.exam_name(path): path for path in files.find_exams(images)}
+    paths = {files.exam_name(path): path for path in files.find_inputs(images)}
     if left - paths.keys():
         raise ExamError(f"Expected images to leave out, found no {sorted(left - paths.keys())[0]}; correct the list.")
     paths = {name: path for name, path in paths.items() if name not in left}
@@ -152,14 +152,13 @@ def register(
 
     from deepatlas import checkpoint, files, outputs, regseg, transforms
 
-    outputs.claim(outputs.registration_paths(output, labels=labels is not None), overwrite)
+    outputs.claim(outputs.registration_paths(output), overwrite)
     loaded = regseg.load(checkpoint.find(model))
     still, laid = files.read_image(fixed), files.read_image(moving)
     drawn = files.read_labels(labels, like=laid) if labels else None
     at_fixed, at_moving = loaded.place(still), loaded.place(laid)
     there = regseg.register_placed(loaded, at_fixed, at_moving)
     back = regseg.register_placed(loaded, at_moving, at_fixed)
-    outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
     places = loaded.frame.points_mm(still, at_fixed.pose)[at_fixed.inside]
     apart = transforms.inverse_consistency_mm(there, back, places)
     moved = np.linalg.norm(there.points(places) - places, axis=-1)
@@ -171,6 +170,7 @@ def register(
         "displacement_mm": _spread(moved),
         "inverse_consistency_mm": _spread(apart),
     }
+    outputs.write_registration(output, there, still, laid, drawn, outside=float(laid.array.min()))
     checkpoint.write_text(output / "report.json", json.dumps(about, indent=1))
     typer.echo(
         f"{output}: {about['folded']:.2%} folds, there and back differs by {about['inverse_consistency_mm']['median']} "
@@ -193,7 +193,7 @@ def segment(
     """Segment images on their own grids: OUT/<exam>_seg.nii.gz."""
     from deepatlas import checkpoint, files, outputs, regseg
 
-    paths = files.find_exams(inputs)
+    paths = files.find_inputs(inputs)
     targets = {path: outputs.answer_paths(output, files.exam_name(path))[0] for path in paths}
     outputs.claim(targets.values(), overwrite)
     loaded = regseg.load(checkpoint.find(model))
@@ -222,10 +222,11 @@ def evaluate(
     """Score segmentation of labelled images and registration of pairs of them."""
     from deepatlas import checkpoint, files, outputs, regseg, regseg_scores
 
+    outputs.check_file(output, (".json",))
     outputs.claim([output], overwrite)
     loaded = regseg.load(checkpoint.find(model))
     drawn = {files.exam_name(path): path for path in files.find_exams(labels)}
-    paths = {files.exam_name(path): path for path in files.find_exams(images)}
+    paths = {files.exam_name(path): path for path in files.find_inputs(images)}
     wanted = files.read_list(exams) if exams else [name for name in paths if name in drawn]
     for name in wanted:
         if name not in paths or name not in drawn:
