@@ -529,6 +529,21 @@ def test_faults_that_would_leave_out_something_else_are_refused(call, trained, w
     refused(call("define", "-m", trained, *common, "-o", work / "new", "--exclude", work / "faults.json"), "xpected")
 
 
+def test_faults_of_exams_that_are_not_there_are_said(call, taught, work):
+    (work / "faults.json").write_text('{"organ": ["noe", "one"], "gland": ["noe", "eno"]}')
+    said = "faults.json: not among the exams here: eno, noe."
+    common = ["-l", work / "labels", "--names", work / "labels.json", "--exclude", work / "faults.json"]
+    code, _, err = call("define", "-m", taught, "-i", work / "images", *common, "-o", work / "new")
+    assert (code, said in err.splitlines()) == (0, True)
+    assert call("prepare", "-i", work / "images", "-o", work / "cohort.h5", "--size", 16)[0] == 0
+    _, _, err = call("pretrain", "-c", work / "cohort.h5", *common, "-o", work / "model", "--seed-exam", "none")
+    assert said in err.splitlines()
+    assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
+    scored = ["-p", work / "out", "-t", work / "labels", *common[2:]]
+    code, _, err = call("evaluate", *scored, "-o", work / "results.json")
+    assert (code, said in err.splitlines()) == (0, True)
+
+
 def test_evaluate_and_against(call, taught, work):
     assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
     arguments = ["evaluate", "-p", work / "out", "-t", work / "labels", "--names", work / "labels.json", "-o"]

@@ -20,7 +20,7 @@ from deepatlas.cli.options import (
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import label_faults, load, mapped, names_in, table_of_names
+from deepatlas.cli.reading import exam_names, label_faults, load, mapped, names_in, table_of_names
 from deepatlas.cli.speech import counting, each_exam, end
 from deepatlas.errors import DeepAtlasError, ModelError, StructureError
 
@@ -107,7 +107,7 @@ def vote(
     paths = files.find_exams(inputs)
     loaded = load(checkpoint.find(model), device)
     table = {name: number for name, number in table_of_names(names, structures).items() if loaded.structure(name)}
-    faults = label_faults(exclude, names)
+    faults = label_faults(exclude, names, lambda: exam_names(examples))
     outputs.claim((p for path in paths for p in outputs.answer_paths(output, files.exam_name(path))), overwrite)
 
     def fine(exam: files.Exam) -> Prepared | None:
@@ -277,7 +277,7 @@ def evaluate(
     from deepatlas import files, outputs
 
     table = files.read_names(names)
-    left_out = label_faults(exclude, names)
+    left_out = label_faults(exclude, names, lambda: exam_names(truth))
     other = scoring.read_results(against) if against else None
     outputs.claim([output, scoring.beside(output)], overwrite)
     results = scoring.evaluate(predictions, truth, table, left_out)

@@ -16,7 +16,7 @@ from deepatlas.cli.options import (
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import label_faults, own, table_of_names
+from deepatlas.cli.reading import exam_names, label_faults, own, table_of_names
 from deepatlas.cli.speech import counting, end
 from deepatlas.errors import ModelError, StructureError
 
@@ -55,7 +55,7 @@ def define(
             raise ModelError(f"{output} holds a model already; choose another folder, or extend that one by -m.")
         outputs.claim([output / "model.json"], overwrite=False)
     table = table_of_names(names, structures)
-    faults = label_faults(exclude, names)
+    faults = label_faults(exclude, names, lambda: exam_names(inputs))
     base = checkpoint.load(folder)
     with counting("Defining") as count:
         made = define_files(base, inputs, labels, table, structures is not None, faults, refined, learn, count)

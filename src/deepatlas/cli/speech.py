@@ -21,6 +21,12 @@ def say(line: str) -> None:
     typer.echo(line, err=True)
 
 
+def some(names: list[str], most: int = 10) -> str:
+    """Names for a line: all of them, or the first and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def complain(message: str) -> None:
     say(f"error: {' '.join(message.split())}")
 
