@@ -228,7 +228,8 @@ def test_the_json_of_an_exam_is_the_contract(call, taught, work):
     assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
     text = (work / "out" / "one.json").read_text()
     answer = json.loads(text)
-    assert answer.keys() == {"exam", "frame", "unit", "structures", "low_confidence", "model", "version"}
+    assert answer.keys() == {"exam", "frame", "unit", "structures", "low_confidence", "model", "version", "familiar"}
+    assert answer["familiar"] is True
     assert (answer["exam"], answer["frame"], answer["unit"]) == ("one", "RAS", "mm")
     assert "DOE" not in text
     assert str(work) not in text
@@ -249,6 +250,22 @@ def test_the_json_of_an_exam_is_the_contract(call, taught, work):
         assert 0 <= one["confidence"] <= 1
     unsure = [name for name, one in answer["structures"].items() if one["confidence"] < 0.6]
     assert answer["low_confidence"] == unsure
+
+
+def test_an_exam_unlike_all_that_was_learned_says_so(call, taught, work):
+    shutil.copytree(taught, work / "model")
+    about = json.loads((work / "model" / "model.json").read_text())
+    (work / "model" / "model.json").write_text(json.dumps(about | {"familiar": 2.0}))
+    said = "one: unlike every exam that the model learned from: nothing was placed in it"
+    code, out, _ = call("locate", "-m", work / "model", "-i", work / "images", "-o", work / "out")
+    assert (code, said in out.splitlines()) == (0, True)
+    answer = json.loads((work / "out" / "one.json").read_text())
+    assert answer["familiar"] is False
+    assert {one["status"] for one in answer["structures"].values()} == {"absent"}
+    examples = ["-e", work / "images", "-l", work / "labels", "--names", work / "labels.json"]
+    code, _, err = call("vote", "-m", work / "model", "-i", work / "images", *examples, "-o", work / "voted")
+    assert (code, said in err.splitlines()) == (0, True)
+    assert json.loads((work / "voted" / "one.json").read_text())["familiar"] is False
 
 
 def test_an_absent_structure_has_nulls(call, taught, work):

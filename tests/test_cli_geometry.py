@@ -728,7 +728,8 @@ def test_an_exam_unlike_any_that_was_learned_covers_nothing(call, model, images,
     about = json.loads((model / "model.json").read_text())
     told(model / "model.json", about | {"familiar": 2.0})
     out = tmp_path / "coverage.csv"
-    assert call("coverage", "-m", model, "-i", images / "one.nii.gz", "--roi", "organ", "-o", out)[0] == 0
+    code, _, err = call("coverage", "-m", model, "-i", images / "one.nii.gz", "--roi", "organ,gland", "-o", out)
+    assert (code, err.count("one: unlike every exam that the model learned from")) == (0, 1)
     assert list(csv.reader(out.read_text().splitlines()))[1] == ["one", "organ", "0.0000", "absent"]
 
 

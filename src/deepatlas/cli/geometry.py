@@ -17,7 +17,7 @@ from deepatlas.cli.options import (
     RefineOption,
 )
 from deepatlas.cli.reading import choice, load, mapped, names_in, own, read_json, recognised
-from deepatlas.cli.speech import counting, each_exam, end, say
+from deepatlas.cli.speech import UNLIKE, counting, each_exam, end, say
 from deepatlas.errors import MarkupError, RegionError
 
 POINT_FILES = (".json", ".mrk.json", ".csv")
@@ -343,6 +343,7 @@ def coverage(
     import io
 
     from deepatlas import checkpoint, files, outputs, regions
+    from deepatlas.embedding import familiar
 
     paths = files.find_exams(inputs)
     outputs.claim([output], overwrite)
@@ -354,6 +355,8 @@ def coverage(
 
     def work(path: Path) -> None:
         exam = mapped(loaded, files.read_exam(path))[0]
+        if not familiar(loaded, exam):
+            say(f"{files.exam_name(path)}: {UNLIKE}")
         for region in wanted:
             shown = regions.show(loaded, region, exam)
             rows.append((files.exam_name(path), region.name, shown.coverage, shown.status))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deepatlas.loop import Progress
 
 SOME_FAILED = 3
+UNLIKE = "unlike every exam that the model learned from: nothing was placed in it"
 
 
 def say(line: str) -> None:
