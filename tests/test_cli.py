@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import deepatlas
-from deepatlas import checkpoint, classifier, files, grid, outputs, refine
+from deepatlas import checkpoint, classifier, files, grid, outputs, refine, regions
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.classifier import Taught
@@ -706,6 +706,21 @@ def test_models_lists_what_was_shipped(call, taught, tmp_path, monkeypatch):
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "model.json").write_text("{}")
     refused(call("info", "strange"), "does not describe a model")
+
+
+def test_info_names_regions_and_landmarks(call, taught, tmp_path):
+    model = checkpoint.load(taught)
+    region = regions.from_structures(model, "both", list(NAMES), 5.0)
+    landmarks = {f"point {n}": (0.0, 0.0, 0.1 * n) for n in range(2)}
+    checkpoint.save(replace(model.with_regions(region), landmarks=landmarks), tmp_path / "model")
+    about = json.loads(call("info", tmp_path / "model", "--json")[1])
+    assert (about["regions"], about["landmarks"]) == (["both"], list(landmarks))
+    _, out, _ = call("info", tmp_path / "model")
+    assert {"regions     both", "landmarks   point 0, point 1"} <= set(out.splitlines())
+    many = {f"point {n}": (0.0, 0.0, 0.01 * n) for n in range(30)}
+    checkpoint.save_structures(replace(model, landmarks=many), tmp_path / "model")
+    _, out, _ = call("info", tmp_path / "model")
+    assert {"regions     none", "landmarks   30, named by --json"} <= set(out.splitlines())
 
 
 def test_phantoms(call, tmp_path):

@@ -23,6 +23,9 @@ from deepatlas.errors import ModelError, StructureError
 if TYPE_CHECKING:
     from deepatlas import checkpoint, regseg
 
+MANY = 12
+"""More regions or landmarks than this are counted by `info` instead of named."""
+
 
 def define(
     model: ModelFolder,
@@ -166,7 +169,7 @@ def models(as_json: JsonOption = False) -> None:
 
 
 def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], as_json: JsonOption = False) -> None:
-    """Describe a model of either kind: what it sees, its sizes, its structures."""
+    """Describe a model of either kind: what it sees, its sizes, its structures, regions and landmarks."""
     from deepatlas import checkpoint, regseg
 
     folder = checkpoint.find(model)
@@ -176,6 +179,9 @@ def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], 
         typer.echo(json.dumps(about))
         return
     about["structures"] = [f"{one['name']} ({one['label']})" for one in about["structures"]]
+    for key in {"regions", "landmarks"} & about.keys():
+        if len(names := about[key]) > MANY:
+            about[key] = f"{len(names)}, named by --json"
     for key, value in about.items():
         typer.echo(f"{key:<11} {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
@@ -194,6 +200,8 @@ def _about_map(model: "checkpoint.Model") -> dict[str, Any]:
         "looks": [s.name for s in model.structures.values() if s.classifier is not None],
         "fine-tuned": sorted(model.fine_tuned),
         "finer": list(model.finer),
+        "regions": list(model.regions),
+        "landmarks": list(model.landmarks),
         "structures": [{"name": s.name, "label": s.label, "exams": s.exams} for s in model.structures.values()],
     }
 
