@@ -405,6 +405,7 @@ def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):
     arguments = ["-m", work / "model", "-i", work / "images", "-l", work / "labels", "--names", work / "labels.json"]
     code, out, _ = call("define", *arguments, "--learn")
     assert (code, "Dice" in out) == (0, False)  # one exam is too few
+    assert f"No look, which needs 10 exams that show the structure: {', '.join(NAMES)}." in out.splitlines()
     learned = []
 
     def instead(structures, labelled, how=None, on_done=None):
@@ -420,6 +421,7 @@ def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):
     assert f"{first.name}: Dice 0.625 by its look, 0.500 by the map alone: kept." in out
     assert f"{second.name}: Dice 0.700 by its look, 0.750 by the map alone: not kept." in out
     assert (first.classifier is None, second.classifier is None) == (False, True)
+    assert "No look" not in out
     assert json.loads(call("info", work / "model", "--json")[1])["looks"] == [first.name]
     code, out, _ = call("define", *arguments)
     assert (code, f"the look was that of the old drawing: {first.name}" in out) == (0, True)

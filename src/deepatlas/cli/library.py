@@ -49,6 +49,7 @@ def define(
     In folders, the label map of an exam has its name, or its name and `_seg`.
     """
     from deepatlas import checkpoint, outputs
+    from deepatlas.config import Classifying
     from deepatlas.library import define_files
 
     folder = checkpoint.find(model)
@@ -74,6 +75,9 @@ def define(
         kept = "kept" if look.structure.classifier else "not kept"
         scores = f"Dice {look.learned:.3f} by its look, {look.alone:.3f} by the map alone"
         typer.echo(f"{look.structure.name}: {scores}: {kept}.")
+    tried = {look.structure.name for look in made.looks}
+    if learn and (few := [name for name in made.defined if name not in tried]):
+        typer.echo(f"No look, which needs {Classifying.least_exams} exams that show the structure: {', '.join(few)}.")
     looks = {name for name, one in base.structures.items() if one.classifier is not None}
     if lost := sorted(name for name in looks if made.model.structures[name].classifier is None):
         typer.echo(f"Drawn by the mask again, the look was that of the old drawing: {', '.join(lost)}.")
