@@ -275,7 +275,7 @@ def crop(
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Cut a region out of an exam, turned upright, on a uniform grid; a JSON beside it says where it came from."""
+    """Cut a region out of an exam, turned upright, on a regular grid; a JSON beside it says where it came from."""
     import numpy as np
 
     from deepatlas import checkpoint, files, outputs, regions
