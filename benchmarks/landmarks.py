@@ -61,7 +61,7 @@ def _shown(exam: Volume, point_mm: np.ndarray) -> bool:
 
 
 def marked(model: checkpoint.Model, part: str) -> Iterator[tuple]:
-    """The labelled exams of ``train`` or ``validation``: map and landmarks."""
+    """The labelled exams of ``train`` or ``validation``: name, map and landmarks."""
     labels_of = {exam_name(path): path for path in find_exams(folder() / part / "labels")}
     for path in find_exams(folder() / part / "images"):
         name = exam_name(path)
@@ -71,14 +71,14 @@ def marked(model: checkpoint.Model, part: str) -> Iterator[tuple]:
         labels = without_faults(read_labels(labels_of[name], like=exam), name, names(), faulty())
         points = points_of(exam, labels)
         if points:
-            yield embed(model, exam), points
+            yield name, embed(model, exam), points
 
 
 def errors(model: checkpoint.Model) -> dict[str, dict]:
     """How far from the rule's point each landmark is found on the validation exams."""
     found: dict[str, list[float]] = {name: [] for name in model.landmarks}
     unseen = dict.fromkeys(model.landmarks, 0)
-    for embedded, points in marked(model, "validation"):
+    for _, embedded, points in marked(model, "validation"):
         for name in points.keys() & model.landmarks.keys():
             place = places.from_atlas(embedded, torch.tensor(model.landmarks[name]).view(1, 3, 1))
             if place.valid[0]:
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="store the landmarks in the model")
     asked = parser.parse_args()
     model = checkpoint.load(asked.model)
-    model = replace(model, landmarks=places.landmarks(marked(model, "train")))
+    model = replace(model, landmarks=places.landmarks(marked(model, "train")).c_atlas)
     result = errors(model)
     print(json.dumps(result, indent=1))
     asked.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

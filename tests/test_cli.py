@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import deepatlas
-from deepatlas import checkpoint, classifier, files, grid, outputs, refine
+from deepatlas import checkpoint, classifier, files, grid, outputs, refine, regions
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.classifier import Taught
@@ -230,7 +230,8 @@ def test_the_json_of_an_exam_is_the_contract(call, taught, work):
     assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
     text = (work / "out" / "one.json").read_text()
     answer = json.loads(text)
-    assert answer.keys() == {"exam", "frame", "unit", "structures", "low_confidence", "model", "version"}
+    assert answer.keys() == {"exam", "frame", "unit", "structures", "low_confidence", "model", "version", "familiar"}
+    assert answer["familiar"] is True
     assert (answer["exam"], answer["frame"], answer["unit"]) == ("one", "RAS", "mm")
     assert "DOE" not in text
     assert str(work) not in text
@@ -251,6 +252,22 @@ def test_the_json_of_an_exam_is_the_contract(call, taught, work):
         assert 0 <= one["confidence"] <= 1
     unsure = [name for name, one in answer["structures"].items() if one["confidence"] < 0.6]
     assert answer["low_confidence"] == unsure
+
+
+def test_an_exam_unlike_all_that_was_learned_says_so(call, taught, work):
+    shutil.copytree(taught, work / "model")
+    about = json.loads((work / "model" / "model.json").read_text())
+    (work / "model" / "model.json").write_text(json.dumps(about | {"familiar": 2.0}))
+    said = "one: unlike every exam that the model learned from: nothing was placed in it"
+    code, out, _ = call("locate", "-m", work / "model", "-i", work / "images", "-o", work / "out")
+    assert (code, said in out.splitlines()) == (0, True)
+    answer = json.loads((work / "out" / "one.json").read_text())
+    assert answer["familiar"] is False
+    assert {one["status"] for one in answer["structures"].values()} == {"absent"}
+    examples = ["-e", work / "images", "-l", work / "labels", "--names", work / "labels.json"]
+    code, _, err = call("vote", "-m", work / "model", "-i", work / "images", *examples, "-o", work / "voted")
+    assert (code, said in err.splitlines()) == (0, True)
+    assert json.loads((work / "voted" / "one.json").read_text())["familiar"] is False
 
 
 def test_an_absent_structure_has_nulls(call, taught, work):
@@ -416,6 +433,7 @@ def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):
     arguments = ["-m", work / "model", "-i", work / "images", "-l", work / "labels", "--names", work / "labels.json"]
     code, out, _ = call("define", *arguments, "--learn")
     assert (code, "Dice" in out) == (0, False)  # one exam is too few
+    assert f"No look, which needs 10 exams that show the structure: {', '.join(NAMES)}." in out.splitlines()
     learned = []
 
     def instead(structures, labelled, how=None, on_done=None):
@@ -431,6 +449,7 @@ def test_define_says_what_looks_came_to(call, taught, work, monkeypatch):
     assert f"{first.name}: Dice 0.625 by its look, 0.500 by the map alone: kept." in out
     assert f"{second.name}: Dice 0.700 by its look, 0.750 by the map alone: not kept." in out
     assert (first.classifier is None, second.classifier is None) == (False, True)
+    assert "No look" not in out
     assert json.loads(call("info", work / "model", "--json")[1])["looks"] == [first.name]
     code, out, _ = call("define", *arguments)
     assert (code, f"the look was that of the old drawing: {first.name}" in out) == (0, True)
@@ -555,6 +574,21 @@ def test_faults_that_would_leave_out_something_else_are_refused(call, trained, w
     (work / "faults.json").write_text(faults)
     common = ["-i", work / "images", "-l", work / "labels", "--names", work / "labels.json"]
     refused(call("define", "-m", trained, *common, "-o", work / "new", "--exclude", work / "faults.json"), "xpected")
+
+
+def test_faults_of_exams_that_are_not_there_are_said(call, taught, work):
+    (work / "faults.json").write_text('{"organ": ["noe", "one"], "gland": ["noe", "eno"]}')
+    said = "faults.json: not among the exams here: eno, noe."
+    common = ["-l", work / "labels", "--names", work / "labels.json", "--exclude", work / "faults.json"]
+    code, _, err = call("define", "-m", taught, "-i", work / "images", *common, "-o", work / "new")
+    assert (code, said in err.splitlines()) == (0, True)
+    assert call("prepare", "-i", work / "images", "-o", work / "cohort.h5", "--size", 16)[0] == 0
+    _, _, err = call("pretrain", "-c", work / "cohort.h5", *common, "-o", work / "model", "--seed-exam", "none")
+    assert said in err.splitlines()
+    assert call("locate", "-m", taught, "-i", work / "images", "-o", work / "out")[0] == 0
+    scored = ["-p", work / "out", "-t", work / "labels", *common[2:]]
+    code, _, err = call("evaluate", *scored, "-o", work / "results.json")
+    assert (code, said in err.splitlines()) == (0, True)
 
 
 def test_evaluate_and_against(call, taught, work):
@@ -702,6 +736,21 @@ def test_models_lists_what_was_shipped(call, taught, tmp_path, monkeypatch):
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "model.json").write_text("{}")
     refused(call("info", "strange"), "does not describe a model")
+
+
+def test_info_names_regions_and_landmarks(call, taught, tmp_path):
+    model = checkpoint.load(taught)
+    region = regions.from_structures(model, "both", list(NAMES), 5.0)
+    landmarks = {f"point {n}": (0.0, 0.0, 0.1 * n) for n in range(2)}
+    checkpoint.save(replace(model.with_regions(region), landmarks=landmarks), tmp_path / "model")
+    about = json.loads(call("info", tmp_path / "model", "--json")[1])
+    assert (about["regions"], about["landmarks"]) == (["both"], list(landmarks))
+    _, out, _ = call("info", tmp_path / "model")
+    assert {"regions     both", "landmarks   point 0, point 1"} <= set(out.splitlines())
+    many = {f"point {n}": (0.0, 0.0, 0.01 * n) for n in range(30)}
+    checkpoint.save_structures(replace(model, landmarks=many), tmp_path / "model")
+    _, out, _ = call("info", tmp_path / "model")
+    assert {"regions     none", "landmarks   30, named by --json"} <= set(out.splitlines())
 
 
 def test_phantoms(call, tmp_path):

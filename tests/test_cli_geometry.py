@@ -737,7 +737,8 @@ def test_an_exam_unlike_any_that_was_learned_covers_nothing(call, model, images,
     about = json.loads((model / "model.json").read_text())
     told(model / "model.json", about | {"familiar": 2.0})
     out = tmp_path / "coverage.csv"
-    assert call("coverage", "-m", model, "-i", images / "one.nii.gz", "--roi", "organ", "-o", out)[0] == 0
+    code, _, err = call("coverage", "-m", model, "-i", images / "one.nii.gz", "--roi", "organ,gland", "-o", out)
+    assert (code, err.count("one: unlike every exam that the model learned from")) == (0, 1)
     assert list(csv.reader(out.read_text().splitlines()))[1] == ["one", "organ", "0.0000", "absent"]
 
 
@@ -974,11 +975,29 @@ def test_landmarks_that_cannot_be(model, images, call, tmp_path):
     refused(call("points", "-m", model, "-t", images / "two.nii.gz", "-o", tmp_path / "o.json"), "landmark", "mark")
     outside = told(tmp_path / "p.json", {"frame": "RAS", "unit": "mm", "points": {"tip": [900, 0, 0]}})
     refused(call("mark", "-m", model, "-i", images / "one.nii.gz", "-p", outside), "tip", "outside")
+    refused(call("mark", "-m", model, "-i", images / "one.nii.gz", "-p", outside), "outside in one")
     (tmp_path / "none").mkdir()
     refused(call("mark", "-m", model, "-i", images, "-p", tmp_path / "none"), "named like an exam")
     code, _, err = call("points", "-m", model, "-p", outside, "-t", images / "two.nii.gz", "-o", tmp_path / "o.json")
     assert code == 2
     assert "--from" in err
+
+
+def test_mark_says_what_it_leaves_out(model, some, call, tmp_path):
+    points = tmp_path / "points"
+    points.mkdir()
+    near, tip = apply(ONE.pose, np.array([[-20.0, 10, 5], [30, -20, 20]])).tolist()
+    told(points / "one.json", {"frame": "RAS", "unit": "mm", "points": {"near": near, "tip": tip}})
+    near = apply(TWO.pose, np.array([[-20.0, 10, 5]]))[0].tolist()
+    told(points / "two.json", {"frame": "RAS", "unit": "mm", "points": {"near": near, "tip": [900, 0, 0]}})
+    told(points / "tow.mrk.json", {})
+    (points / "notes.txt").write_text("mine")
+    code, out, err = call("mark", "-m", model, "-i", some("one", "two", "bent"), "-p", points)
+    assert code == 0
+    assert out.splitlines()[:2] == ["near: from 2 exams.", "tip: from 1 exam."]
+    assert "tip: left out in two" in err
+    assert "tow.mrk.json: left out" in err
+    assert len(err.splitlines()) == 2
 
 
 # All of them

@@ -332,8 +332,12 @@ def test_no_form_at_all(tmp_path):
 
 def test_forms_that_contradict_each_other(tmp_path):
     path = patch(make(tmp_path / "one.nii"), 268, "<f", 25.0)  # the qform's origin, 5 mm away
-    refused(path, "agree", "prefer")
+    refused(path, "agree", "image.set_qform(image.get_sform())", "prefer")
     assert read_exam(path, prefer="sform").affine[0, 3] == 20.0
+    picture = nib.load(path)
+    picture.set_qform(picture.get_sform())
+    nib.save(picture, tmp_path / "mended.nii")
+    assert read_exam(tmp_path / "mended.nii").affine[0, 3] == 20.0
     assert read_exam(path, prefer="qform").affine[0, 3] == 25.0
     with pytest.raises(ExamError, match="prefer"):
         read_exam(path, prefer="both")

@@ -17,7 +17,7 @@ from torch import Tensor
 from deepatlas import checkpoint, dense, evaluate, files, outputs, phantom, places, report, store
 from deepatlas.checkpoint import Model
 from deepatlas.config import PRESETS, Fitting, Preset
-from deepatlas.embedding import Embedded, embed
+from deepatlas.embedding import Embedded, embed, familiar
 from deepatlas.found import Found
 from deepatlas.locate import define, locate
 from deepatlas.loop import Progress
@@ -194,9 +194,10 @@ def _case(out: Path, model: Model, first: PhantomExam, seed_map: Embedded, templ
     plain_map = embed(model, read)
     exam_map = _refined(model, read, plain_map, template)
     found = locate(model, read, embedded=exam_map)
-    outputs.write_answer(out / "found", read, found, model)
+    outputs.write_answer(out / "found", read, found, model, familiar(model, exam_map))
     seconds = time.monotonic() - began
-    outputs.write_answer(out / "plain", read, locate(model, read, embedded=plain_map), model)
+    plain = locate(model, read, embedded=plain_map)
+    outputs.write_answer(out / "plain", read, plain, model, familiar(model, plain_map))
     rival = affine_labels(first, seed_map, read, exam_map)
     files.write_labels(outputs.answer_paths(out / "affine", exam.name)[0], rival, read)
     error_mm, affine_mm, solved = coordinate_error(first, seed_map, exam, exam_map)

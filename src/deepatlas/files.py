@@ -438,8 +438,9 @@ def _affine(
         apart = float(np.abs(corners_mm(shape, forms["sform"]) - corners_mm(shape, forms["qform"])).max())
         if apart > 1.0:
             raise refuse(
-                f"{path.name}: expected sform and qform to agree, but a corner differs by {apart:.3g} mm; say which "
-                'holds with prefer="sform" or prefer="qform".'
+                f"{path.name}: expected sform and qform to agree, but a corner differs by {apart:.3g} mm; copy the "
+                "one that holds over the other, such as the sform with nibabel's `image.set_qform(image.get_sform())` "
+                "or FSL's `fslorient -copysform2qform`; in Python, `deepatlas.files.read_exam` takes prefer."
             )
     chosen = "sform" if "sform" in forms else "qform"
     return forms[chosen], tuple(f"its {form} is broken, the {chosen} was used" for form in broken)

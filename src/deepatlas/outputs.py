@@ -25,11 +25,14 @@ FILE_ENDINGS = (*files.SUFFIXES, ".json", ".csv")
 """Names that end so are of files."""
 
 
-def describe(exam: Exam, found: dict[str, Found], model: Model) -> dict[str, Any]:
+def describe(exam: Exam, found: dict[str, Found], model: Model, familiar: bool) -> dict[str, Any]:
     """What was found in an exam, in types that JSON knows: shares to 4 digits, ml to 3, mm (RAS) to 2.
 
     An absent structure keeps its coverage; what it does not have is None. `repairs` is there only where the exam was
     mended on the way in.
+
+    Args:
+        familiar: whether the exam looks like those that the model learned from; else nothing is placed in it.
     """
     answer = {
         "exam": exam.name,
@@ -37,6 +40,7 @@ def describe(exam: Exam, found: dict[str, Found], model: Model) -> dict[str, Any
         "unit": "mm",
         "model": model.name,
         "version": checkpoint.VERSION,
+        "familiar": familiar,
         "structures": {name: _entry(one) for name, one in found.items()},
         "low_confidence": [name for name, one in found.items() if one.unsure],
     }
@@ -73,11 +77,11 @@ def check_numbers(structures: Iterable[tuple[str, int]]) -> None:
         seen[number] = name
 
 
-def write_answer(folder: Path, exam: Exam, found: dict[str, Found], model: Model) -> tuple[Path, Path]:
+def write_answer(folder: Path, exam: Exam, found: dict[str, Found], model: Model, familiar: bool) -> tuple[Path, Path]:
     """Write `<exam>_seg.nii.gz` on the exam's own grid and `<exam>.json`; each appears whole or not at all."""
     seg, about = answer_paths(folder, exam.name)
     files.write_labels(seg, label_map(found, exam.shape), exam)
-    checkpoint.write_text(about, json.dumps(describe(exam, found, model), indent=1, allow_nan=False))
+    checkpoint.write_text(about, json.dumps(describe(exam, found, model, familiar), indent=1, allow_nan=False))
     return seg, about
 
 

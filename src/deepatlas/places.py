@@ -73,27 +73,44 @@ def carry(source: Embedded, target: Embedded, points_mm: np.ndarray) -> Places:
     return Places(places.points_mm, places.valid & inside)
 
 
-def landmarks(
-    marked: Iterable[tuple[Embedded, Mapping[str, np.ndarray]]],
-) -> dict[str, tuple[float, float, float]]:
+class Landmarks(NamedTuple):
+    """Named points of the atlas, and which of the marks they were made of."""
+
+    c_atlas: dict[str, tuple[float, float, float]]
+    exams: dict[str, int]
+    """Of how many exams each is the median."""
+    outside: list[tuple[str, str]]
+    """Name and exam of the points that lie beyond the patient, which were left out."""
+
+
+def landmarks(marked: Iterable[tuple[str, Embedded, Mapping[str, np.ndarray]]]) -> Landmarks:
     """Named points as atlas coordinates, from the exams they were marked on: of several, the median along each axis.
 
     Args:
-        marked: exams with their maps, and name → point (3,) mm; a point beyond the patient is left out.
+        marked: names of exams, their maps, and name → point (3,) mm; a point beyond the patient is left out.
 
     Raises:
         MarkupError: a point that lies beyond the patient in every exam.
     """
     found: dict[str, list[np.ndarray]] = {}
-    for embedded, points in marked:
+    outside: list[tuple[str, str]] = []
+    for exam, embedded, points in marked:
         for name, point_mm in points.items():
             c_atlas, _ = to_atlas(embedded, point_mm[None])
-            inside = in_patient(embedded, point_mm[None])[0]
-            found.setdefault(name, []).extend([c_atlas[0, :, 0].numpy()] if inside else [])
+            places = found.setdefault(name, [])
+            if in_patient(embedded, point_mm[None])[0]:
+                places.append(c_atlas[0, :, 0].numpy())
+            else:
+                outside.append((name, exam))
     lost = [name for name, places in found.items() if not places]
     if lost:
-        raise MarkupError(f"{lost[0]} lies outside the patient; its numbers are mm, RAS unless said otherwise.")
-    return {name: tuple(map(float, np.median(places, axis=0))) for name, places in found.items()}
+        exams = ", ".join(exam for name, exam in outside if name == lost[0])
+        raise MarkupError(
+            f"Expected {lost[0]} within the patient, but it lies outside in {exams}; its numbers are mm, RAS unless "
+            "said otherwise: correct the point or the frame."
+        )
+    medians = {name: tuple(map(float, np.median(places, axis=0))) for name, places in found.items()}
+    return Landmarks(medians, {name: len(places) for name, places in found.items()}, outside)
 
 
 def robust_affine(

@@ -20,8 +20,8 @@ from deepatlas.cli.options import (
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import label_faults, load, mapped, names_in, table_of_names
-from deepatlas.cli.speech import counting, each_exam, end
+from deepatlas.cli.reading import exam_names, label_faults, load, mapped, names_in, table_of_names
+from deepatlas.cli.speech import UNLIKE, counting, each_exam, end, say
 from deepatlas.errors import DeepAtlasError, ModelError, StructureError
 
 if TYPE_CHECKING:
@@ -102,12 +102,13 @@ def vote(
     from deepatlas import checkpoint, files, library, outputs
     from deepatlas import vote as voting
     from deepatlas.config import FINE
+    from deepatlas.embedding import familiar
     from deepatlas.prepare import Prepared, prepare
 
     paths = files.find_inputs(inputs)
     loaded = load(checkpoint.find(model), device)
     table = {name: number for name, number in table_of_names(names, structures).items() if loaded.structure(name)}
-    faults = label_faults(exclude, names)
+    faults = label_faults(exclude, names, lambda: exam_names(examples))
     outputs.claim((p for path in paths for p in outputs.answer_paths(output, files.exam_name(path))), overwrite)
 
     def fine(exam: files.Exam) -> Prepared | None:
@@ -124,8 +125,12 @@ def vote(
 
     def work(path: Path) -> None:
         exam = files.read_exam(path)
-        found = voting.locate_by_vote(loaded, exam, mapped(loaded, exam)[0], voters, table, fine(exam))
-        outputs.write_answer(output, exam, found, loaded)
+        embedded = mapped(loaded, exam)[0]
+        known = familiar(loaded, embedded)
+        if not known:
+            say(f"{exam.name}: {UNLIKE}")
+        found = voting.locate_by_vote(loaded, exam, embedded, voters, table, fine(exam))
+        outputs.write_answer(output, exam, found, loaded, known)
 
     each_exam(paths, work, output if inputs.is_dir() else None, "Locating")
 
@@ -162,6 +167,7 @@ def _answer(
     for what failed unless told otherwise. To resume is to pass over exams whose JSON, which is written last, exists,
     unless the list of what failed has them: then the JSON is of an earlier run."""
     from deepatlas import checkpoint, dense, files, outputs
+    from deepatlas.embedding import familiar
     from deepatlas.locate import locate as find
 
     if page:  # pictures take half a second to import
@@ -193,9 +199,11 @@ def _answer(
         embedded, notes = mapped(loaded, exam, *care)
         exam = replace(exam, repairs=(*exam.repairs, *notes))
         found = find(loaded, exam, wanted, embedded)
-        outputs.write_answer(output, exam, found, loaded)
+        known = familiar(loaded, embedded)
+        outputs.write_answer(output, exam, found, loaded, known)
         answers.found[exam.name] = {name: one.without_mask() for name, one in found.items()}
         lines.extend(_answer_lines(exam.name, found, alone=len(paths) == 1))
+        lines.extend([] if known else [f"{exam.name}: {UNLIKE}"])
         lines.extend(f"{exam.name}: mended: {repair}" for repair in exam.repairs)
         if page:
             shown.append(report.answer(exam, found, dense.aligned_atlas(loaded, exam, embedded)))
@@ -282,7 +290,7 @@ def evaluate(
     from deepatlas import files, outputs
 
     table = files.read_names(names)
-    left_out = label_faults(exclude, names)
+    left_out = label_faults(exclude, names, lambda: exam_names(truth))
     other = scoring.read_results(against) if against else None
     outputs.claim([output, scoring.beside(output)], overwrite)
     results = scoring.evaluate(predictions, truth, table, left_out)

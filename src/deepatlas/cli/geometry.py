@@ -17,8 +17,10 @@ from deepatlas.cli.options import (
     RefineOption,
 )
 from deepatlas.cli.reading import choice, load, mapped, names_in, own, read_json, recognised
-from deepatlas.cli.speech import counting, each_exam, end
+from deepatlas.cli.speech import UNLIKE, counting, each_exam, end, say
 from deepatlas.errors import MarkupError, RegionError
+
+POINT_FILES = (".json", ".mrk.json", ".csv")
 
 if TYPE_CHECKING:
     from deepatlas.atlas import Region
@@ -113,21 +115,38 @@ def mark(
     tables = {path: table for path, table in tables.items() if table is not None}
     if not tables:
         raise MarkupError(f"Expected points named like an exam, such as {files.exam_name(paths[0])}.json, in {marked}.")
+    for name in _points_without_exam(paths, marked) if inputs.is_dir() else ():
+        say(f"{name}: left out, there is no exam of that name in {inputs}.")
     loaded = load(folder, device)
     points = {path: markups.read_points(table, frame) for path, table in tables.items()}
     found = places.landmarks(
-        (recognised(loaded, files.read_exam(path), refined), table) for path, table in points.items()
+        (files.exam_name(path), recognised(loaded, files.read_exam(path), refined), table)
+        for path, table in points.items()
     )
-    checkpoint.save_structures(replace(loaded, landmarks=loaded.landmarks | found), folder)
-    typer.echo(f"{folder}: {len(found)} landmarks from {len(tables)} exam{'s' * (len(tables) > 1)}.")
+    checkpoint.save_structures(replace(loaded, landmarks=loaded.landmarks | found.c_atlas), folder)
+    for name, exam in found.outside:
+        say(f"{name}: left out in {exam}, where it lies outside the patient.")
+    for name, count in found.exams.items():
+        typer.echo(f"{name}: from {count} exam{'s' * (count > 1)}.")
+    count = len(found.c_atlas)
+    typer.echo(f"{folder}: {count} landmarks from {len(tables)} exam{'s' * (len(tables) > 1)}.")
 
 
 def _points_of(exam: Path, folder: Path) -> Path | None:
     """The file of a folder that holds the points of an exam."""
     from deepatlas import files
 
-    places = [folder / f"{files.exam_name(exam)}{suffix}" for suffix in (".json", ".mrk.json", ".csv")]
+    places = [folder / f"{files.exam_name(exam)}{suffix}" for suffix in POINT_FILES]
     return next((place for place in places if place.exists()), None)
+
+
+def _points_without_exam(exams: list[Path], folder: Path) -> list[str]:
+    """The files of points in a folder whose exam is not there."""
+    from deepatlas import files
+
+    known = {f"{files.exam_name(exam)}{suffix}" for exam in exams for suffix in POINT_FILES}
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in found if name.endswith(POINT_FILES) and name not in known]
 
 
 def boxes(
@@ -256,7 +275,7 @@ def crop(
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Cut a region out of an exam, turned upright, on a uniform grid; a JSON beside it says where it came from."""
+    """Cut a region out of an exam, turned upright, on a regular grid; a JSON beside it says where it came from."""
     import numpy as np
 
     from deepatlas import checkpoint, files, outputs, regions
@@ -325,6 +344,7 @@ def coverage(
     import io
 
     from deepatlas import checkpoint, files, outputs, regions
+    from deepatlas.embedding import familiar
 
     paths = files.find_inputs(inputs)
     outputs.check_file(output, (".csv",))
@@ -337,6 +357,8 @@ def coverage(
 
     def work(path: Path) -> None:
         exam = mapped(loaded, files.read_exam(path))[0]
+        if not familiar(loaded, exam):
+            say(f"{files.exam_name(path)}: {UNLIKE}")
         for region in wanted:
             shown = regions.show(loaded, region, exam)
             rows.append((files.exam_name(path), region.name, shown.coverage, shown.status))

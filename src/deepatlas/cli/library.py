@@ -16,12 +16,15 @@ from deepatlas.cli.options import (
     OverwriteOption,
     RefineOption,
 )
-from deepatlas.cli.reading import label_faults, own, table_of_names
+from deepatlas.cli.reading import exam_names, label_faults, own, table_of_names
 from deepatlas.cli.speech import counting, end
 from deepatlas.errors import ModelError, StructureError
 
 if TYPE_CHECKING:
     from deepatlas import checkpoint, regseg
+
+MANY = 12
+"""More regions or landmarks than this are counted by `info` instead of named."""
 
 
 def define(
@@ -46,6 +49,7 @@ def define(
     In folders, the label map of an exam has its name, or its name and `_seg`.
     """
     from deepatlas import checkpoint, outputs
+    from deepatlas.config import Classifying
     from deepatlas.library import define_files
 
     folder = checkpoint.find(model)
@@ -55,7 +59,7 @@ def define(
             raise ModelError(f"{output} holds a model already; choose another folder, or extend that one by -m.")
         outputs.claim([output / "model.json"], overwrite=False)
     table = table_of_names(names, structures)
-    faults = label_faults(exclude, names)
+    faults = label_faults(exclude, names, lambda: exam_names(inputs))
     base = checkpoint.load(folder)
     with counting("Defining") as count:
         made = define_files(base, inputs, labels, table, structures is not None, faults, refined, learn, count)
@@ -71,6 +75,9 @@ def define(
         kept = "kept" if look.structure.classifier else "not kept"
         scores = f"Dice {look.learned:.3f} by its look, {look.alone:.3f} by the map alone"
         typer.echo(f"{look.structure.name}: {scores}: {kept}.")
+    tried = {look.structure.name for look in made.looks}
+    if learn and (few := [name for name in made.defined if name not in tried]):
+        typer.echo(f"No look, which needs {Classifying.least_exams} exams that show the structure: {', '.join(few)}.")
     looks = {name for name, one in base.structures.items() if one.classifier is not None}
     if lost := sorted(name for name in looks if made.model.structures[name].classifier is None):
         typer.echo(f"Drawn by the mask again, the look was that of the old drawing: {', '.join(lost)}.")
@@ -166,7 +173,7 @@ def models(as_json: JsonOption = False) -> None:
 
 
 def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], as_json: JsonOption = False) -> None:
-    """Describe a model of either kind: what it sees, its sizes, its structures."""
+    """Describe a model of either kind: what it sees, its sizes, its structures, regions and landmarks."""
     from deepatlas import checkpoint, regseg
 
     folder = checkpoint.find(model)
@@ -176,6 +183,9 @@ def info(model: Annotated[str, typer.Argument(help="Folder or shipped name.")], 
         typer.echo(json.dumps(about))
         return
     about["structures"] = [f"{one['name']} ({one['label']})" for one in about["structures"]]
+    for key in {"regions", "landmarks"} & about.keys():
+        if len(names := about[key]) > MANY:
+            about[key] = f"{len(names)}, named by --json"
     for key, value in about.items():
         typer.echo(f"{key:<11} {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
@@ -194,6 +204,8 @@ def _about_map(model: "checkpoint.Model") -> dict[str, Any]:
         "looks": [s.name for s in model.structures.values() if s.classifier is not None],
         "fine-tuned": sorted(model.fine_tuned),
         "finer": list(model.finer),
+        "regions": list(model.regions),
+        "landmarks": list(model.landmarks),
         "structures": [{"name": s.name, "label": s.label, "exams": s.exams} for s in model.structures.values()],
     }
 

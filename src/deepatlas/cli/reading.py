@@ -1,11 +1,13 @@
 """How commands read what they are given, and refuse it."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from deepatlas.cli.speech import say, some
 from deepatlas.errors import LabelError, ModelError, StructureError
 
 if TYPE_CHECKING:
@@ -111,15 +113,31 @@ def table_of_names(path: Path, structures: str | None) -> dict[str, int]:
     return {name: table[name] for name in wanted}
 
 
-def label_faults(path: Path | None, names: Path) -> dict[str, list[str]] | None:
-    """The table of label faults to leave out, structure → exams, held against the table of names."""
+def label_faults(path: Path | None, names: Path, exams: Callable[[], Iterable[str]]) -> dict[str, list[str]] | None:
+    """The table of label faults to leave out, structure → exams, held against the table of names.
+
+    One table may serve several folders, so exams that are not there are only said.
+
+    Args:
+        exams: tells the names of the exams that are there; asked only where there is a table.
+    """
     from deepatlas import files
 
     if path is None:
         return None
     faults = read_json(path, dict)
     files.check_exclusions(faults, files.read_names(names))
+    there = set(exams())
+    if unknown := sorted({exam for listed in faults.values() for exam in listed} - there):
+        say(f"{path.name}: not among the exams here: {some(unknown)}.")
     return faults
+
+
+def exam_names(folder: Path) -> list[str]:
+    """Names of an exam or of those in a folder."""
+    from deepatlas import files
+
+    return [files.exam_name(path) for path in files.find_exams(folder)]
 
 
 def read_json(path: Path, kind: type) -> Any:

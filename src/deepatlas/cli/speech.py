@@ -14,11 +14,18 @@ if TYPE_CHECKING:
     from deepatlas.loop import Progress
 
 SOME_FAILED = 3
+UNLIKE = "unlike every exam that the model learned from: nothing was placed in it"
 
 
 def say(line: str) -> None:
     """A line about the work, not a result."""
     typer.echo(line, err=True)
+
+
+def some(names: list[str], most: int = 10) -> str:
+    """Names for a line: all of them, or the first and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def complain(message: str) -> None:

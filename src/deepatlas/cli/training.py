@@ -110,9 +110,13 @@ def pretrain(
 
 def _drawn(cohort: Path, labels: Path, names: Path, in_part: str | None, exclude: Path | None) -> "LabelMaps":
     """Read the label maps of a cohort."""
-    from deepatlas import masks
+    from deepatlas import masks, store
 
-    faults = label_faults(exclude, names)
+    def exams() -> list[str]:
+        with store.Cohort(cohort) as opened:
+            return opened.names
+
+    faults = label_faults(exclude, names, exams)
     with counting("Reading labels") as count:
         drawn = masks.read(cohort, labels, table_of_names(names, None), names_in(in_part), faults, count)
     typer.echo(f"Labels: {drawn}.")
