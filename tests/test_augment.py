@@ -199,13 +199,25 @@ def test_a_borrowed_view_is_what_both_exams_show():
     assert torch.allclose(borrowed.centre, torch.tensor([[0.0, 0.0, -0.4]]), atol=0.06)
 
 
-@pytest.mark.parametrize(("height", "taken"), [(0.0, 0.0), (-0.75, 1.0)])
+@pytest.mark.parametrize(("height", "taken"), [(0.0, 0.0), (-0.55, 1.0)])
 def test_a_view_that_is_not_wanted_or_leaves_too_little_is_not_borrowed(height, taken):
     where = grid.identity((20,) * 3)
     own = where.norm(dim=1, keepdim=True) < 0.8
     borrowed = augment.borrow_view(own, where, lent_below(height), torch.full((1,), taken), WHOLE)
     assert borrowed.seen.all()
     assert not borrowed.centre.any()
+
+
+def test_a_view_that_leaves_a_little_more_than_a_tenth_is_borrowed():
+    where = grid.identity((20,) * 3)
+    own = where.norm(dim=1, keepdim=True) < 0.8
+    shares = {}
+    for height in (-0.55, -0.45):
+        left = float((own & (where[:, 2:] < height + 0.05)).sum() / own.sum())
+        borrowed = augment.borrow_view(own, where, lent_below(height), torch.ones(1), WHOLE)
+        shares[left] = bool((borrowed.seen > 0)[own].all())
+    assert [0.05 < left < 0.1 for left in shares] == [True, False]
+    assert list(shares.values()) == [True, False]
 
 
 def test_a_part_of_the_length_is_kept_and_seen_from_its_middle():

@@ -446,9 +446,9 @@ def test_a_region_around_structures_has_its_margin(call, model, images):
     assert list(checkpoint.load(model).regions) == ["tight", "wide", "both"]
     np.testing.assert_allclose(sizes["tight"], 2 * RADII["organ"], atol=9)
     np.testing.assert_allclose(sizes["wide"] - sizes["tight"], 24, atol=1e-3)
-    ends = turned(0, 0.15).T @ np.array([CENTRES["organ"], CENTRES["gland"]]).T
-    reach = np.array([RADII["organ"], RADII["gland"]])
-    np.testing.assert_allclose(sizes["both"], (ends + reach).max(axis=1) - (ends - reach).min(axis=1), atol=9)
+    ends = np.array([CENTRES["organ"], CENTRES["gland"]])  # the patient is upright, his grid is not
+    reach = np.array([[RADII["organ"]], [RADII["gland"]]])
+    np.testing.assert_allclose(sizes["both"], (ends + reach).max(axis=0) - (ends - reach).min(axis=0), atol=9)
     assert list(checkpoint.load(model).structures) == list(NAMES)
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from deepatlas import grid
+from deepatlas import affine, grid
 from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import Model
 from deepatlas.config import Augmentation, NetworkConfig
-from deepatlas.consistency import agree
+from deepatlas.consistency import _brought_back, agree
 from deepatlas.embedding import Embedded
 from deepatlas.prepare import Prepared
 
@@ -90,3 +90,16 @@ def test_where_no_copy_reaches_the_exams_own_map_stands(copies):
     far = Augmentation(scale=0.0, rotation=0.0, translation=0.4, cut=0.0, tone=0.0)
     corners = agree(model, embedded, copies=copies, how=far).embedded.c_atlas
     assert torch.isfinite(corners).all()
+
+
+def test_a_copys_map_is_brought_back_where_it_reaches():
+    where, own = grid.identity((21,) * 3), torch.full((1, 3, 21, 21, 21), 9.0)
+    matrix = affine.from_parts(torch.diag(torch.tensor([0.8, 1.25, 1.0]))[None], torch.tensor([[0.4, 0.0, -0.3]]))
+    found = _brought_back(grid.identity((11,) * 3), matrix, own)
+    there = (where - torch.tensor([0.4, 0.0, -0.3]).view(1, 3, 1, 1, 1)) / torch.tensor([0.8, 1.25, 1.0]).view(
+        1, 3, 1, 1, 1
+    )
+    sure = (there.abs().amax(dim=1, keepdim=True) - 1).abs() > 0.01
+    expected = torch.where(there.abs().amax(dim=1, keepdim=True) <= 1, there, own)
+    assert (found == 9).any()
+    torch.testing.assert_close(found * sure, expected * sure)

@@ -290,3 +290,41 @@ def test_a_head_that_does_not_fit_is_not_loaded(tuned, tmp_path):
         (broken / "model.json").write_text(text.replace(old, new), encoding="utf-8")
         with pytest.raises(ModelError):
             checkpoint.load(broken)
+
+
+def begun(folder: Path, labels: LabelMaps, settings: FineTuning) -> finetune.Run:
+    """A fine-tuning before its first step."""
+    data = finetune.load_cohort(folder / "cohort.h5", finetune.Preset("x", NetworkConfig(size=SIZE)), "cpu", labels)
+    return finetune.Run(data, checkpoint.load(folder / "model"), settings)
+
+
+def test_the_rate_rises_then_falls_along_a_cosine_and_the_terms_are_weighted(folder, labels):
+    run = begun(folder, labels, replace(SETTINGS, entropy=7.0, clip=1e-3))
+    rates = []
+    for step in (0, 50, 99):
+        terms = run.step(step)
+        rates.append(run.optimiser.param_groups[0]["lr"])
+        assert terms["loss"] == pytest.approx(terms["dice"] + 7 * terms["entropy"], rel=1e-5)
+        gradient = torch.stack([value.grad.norm() for value in run.network.parameters()]).norm()
+        assert terms["gradient"] > 0.01
+        assert float(gradient) == pytest.approx(1e-3, rel=0.01)
+    assert rates[0] == pytest.approx(0.01 / 5, rel=1e-3)
+    assert rates[1] == pytest.approx(0.01 * (0.01 + 0.99 / 2))
+    assert rates[2] == pytest.approx(0.0001, rel=0.05)
+
+
+def test_the_map_that_a_head_is_given_is_off_by_as_much_as_said(folder, labels, monkeypatch):
+    monkeypatch.setattr(finetune.atlas, "log_odds", lambda _structures, c_atlas: c_atlas)  # its odds are the map itself
+
+    run = begun(folder, labels, SETTINGS)
+    view = run.data.view([0, 1, 2] * 8, augment.keyed(1), SETTINGS.augmentation)
+    found = {}
+    for astray in (0.0, 0.1, 0.2):
+        run.settings = replace(SETTINGS, astray=astray)
+        found[astray] = run.odds(view, augment.keyed(2))
+    exact, near, far = found.values()
+    own = torch.cat([run.c_atlas[exam] for exam in (0, 1, 2)]).repeat(8, 1, 1, 1, 1)
+    torch.testing.assert_close(exact, grid.resize(own, (SIZE,) * 3))
+    torch.testing.assert_close(far - exact, 2 * (near - exact), atol=1e-5, rtol=1e-4)
+    corner = (far - exact)[..., ::15, ::15, ::15]  # control points: normal, times up to .2
+    assert float(corner.std()) == pytest.approx(0.2 / 3**0.5, rel=0.3)

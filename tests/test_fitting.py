@@ -1,5 +1,7 @@
 """A map that is off is brought back by the image alone, and one that fits is not made worse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -76,3 +78,14 @@ def test_a_drawn_structure_is_matched_where_the_image_says_nothing(scene):
     silent = fit(where, exam._replace(image=blank), flat, autoencoder, Weights(window=8, labels=1), HOW)
     assert float(silent.residual.abs().max()) < 0.01
     assert float(silent.labels) == 0
+
+
+def test_the_end_of_a_view_is_not_fitted_as_if_it_were_an_edge_of_the_body():
+    where = grid.identity((SIZE,) * 3)
+    shown = where[:, 2:] < 0.2
+    atlas = Atlas(torch.full((1, 1, SIZE, SIZE, SIZE), 0.5), torch.diag(torch.tensor([90.0, 120.0, 70.0]))[None])
+    exam = Exams(0.5 * shown, shown, torch.diag(torch.tensor([80.0, 110.0, 150.0]))[None])
+    weights = Weights(explicit=0, edges=1)  # both are even, but for the edge where the exam ends
+    found = fit(where, exam, atlas, Autoencoder().requires_grad_(False), weights, replace(HOW, steps=3))
+    assert found.before.item() == pytest.approx(0, abs=1e-9)
+    assert found.residual.abs().max() < 1e-6

@@ -18,6 +18,7 @@ from deepatlas.objective import (
     autoencoder_features,
     cut_off,
     explicit_terms,
+    implicit_terms,
     label_errors,
     objective,
     spacing_mm,
@@ -255,16 +256,18 @@ def test_a_voxel_is_surrounded_where_its_six_neighbours_are():
 
 def test_what_the_solver_leaves_is_paid_in_voxels_with_the_place_held_fixed():
     where = grid.identity((8, 8, 8))
+    place = where.clone().requires_grad_()
     everywhere = torch.ones(1, 1, 8, 8, 8, dtype=torch.bool)
     half = torch.zeros_like(everywhere)
     half[..., :4] = True
     shift = torch.tensor([2.0, 0.0, 0.0]).view(1, 3, 1, 1, 1) * 2 / 7  # two voxels of p's grid
-    found = warp.Implicit(where, torch.full_like(where[:, :1], 2.0), ~everywhere, half)
+    found = warp.Implicit(place, torch.full_like(where[:, :1], 2.0), ~everywhere, half)
     c_q = (0.5 * (where + shift)).requires_grad_()
     value = _unsolved(0.5 * where, c_q, found, everywhere, everywhere)
     expected = float(losses.huber(torch.tensor(2.0))) / 2  # on half of the foreground
     assert float(value.detach()) == pytest.approx(expected, rel=1e-3)
-    (gradient,) = torch.autograd.grad(value.sum(), c_q)
+    gradient, to_place = torch.autograd.grad(value.sum(), (c_q, place), allow_unused=True)
+    assert to_place is None
     assert (gradient[:, 0][half[:, 0]] > 0).all()
     assert (gradient[:, :, ..., 4:] == 0).all()
     solved = found._replace(valid=half)
@@ -291,3 +294,105 @@ def test_what_is_not_compared_has_no_part_in_the_likeness(autoencoder):
     assert whole.edges > 1
     assert part.edges < 0.1
     assert part.smooth == whole.smooth
+
+
+SHAPE = (14, 16, 18)
+LINEAR = torch.tensor(
+    [
+        [[0.50, 0.10, 0.00], [-0.08, 0.45, 0.05], [0.00, 0.06, 0.40]],
+        [[0.42, -0.15, 0.03], [0.10, 0.55, 0.00], [-0.05, 0.00, 0.35]],
+    ]
+)
+OFFSET = torch.tensor([[0.10, -0.05, 0.20], [-0.10, 0.10, -0.15]])
+MM_PER_BOX = affine.rotation(torch.tensor([[0.1, -0.2, 0.3], [-0.4, 0.2, 0.1]])) @ torch.diag_embed(
+    torch.tensor([[150.0, 110.0, 240.0], [90.0, 170.0, 120.0]])
+)
+MM_PER_ATLAS = affine.rotation(torch.tensor([[0.3, 0.1, -0.2]])) @ torch.diag_embed(
+    torch.tensor([[210.0, 130.0, 90.0]])
+)
+
+
+def unequal() -> tuple[torch.Tensor, Exams]:
+    """Two exams of unequal oblique boxes and foregrounds that show part of each other, and their maps, affine."""
+    where = grid.identity(SHAPE)
+    c = affine.apply(affine.from_parts(LINEAR, OFFSET), where.repeat(2, 1, 1, 1, 1))
+    foreground = torch.cat([where.norm(dim=1, keepdim=True) < 1.1, where.sum(dim=1, keepdim=True) > -1.2])
+    return c, Exams(image_at(c), foreground, MM_PER_BOX)
+
+
+def between() -> torch.Tensor:
+    """Where each of the two lies in the other's box: c_p⁻¹ ∘ c_q, beyond the box too."""
+    maps = affine.from_parts(LINEAR, OFFSET)
+    return affine.apply(torch.linalg.inv(maps[[1, 0]]) @ maps, grid.identity(SHAPE).repeat(2, 1, 1, 1, 1))
+
+
+def roughness_of(mm_to_mm: torch.Tensor) -> list[float]:
+    """Eq. 10 and 11 of linear maps: their volume changes alike everywhere, so that the shear alone is left."""
+    shear = (torch.linalg.det(mm_to_mm) / mm_to_mm.norm(dim=1).prod(dim=1)).log().abs()
+    return [0.5 * a * a if a < 0.5 else 0.5 * (a - 0.25) for a in shear.tolist()]
+
+
+def test_the_smoothness_of_a_linear_map_is_that_of_its_shear_in_mm(autoencoder):
+    c, exams = unequal()
+    atlas = Atlas(image_at(grid.identity((20,) * 3)), MM_PER_ATLAS)
+    target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
+    found = explicit_terms(c, exams, atlas, autoencoder, target, None)
+    expected = roughness_of(MM_PER_ATLAS @ LINEAR @ torch.linalg.inv(MM_PER_BOX))
+    assert min(expected) > 0.002
+    assert found.smooth.tolist() == pytest.approx(expected, rel=1e-3)
+    found = implicit_terms(c, exams, autoencoder, target, None)
+    other = [1, 0]
+    expected = roughness_of(MM_PER_BOX[other] @ torch.linalg.inv(LINEAR[other]) @ LINEAR @ torch.linalg.inv(MM_PER_BOX))
+    assert min(expected) > 0.002
+    assert found.smooth.tolist() == pytest.approx(expected, rel=1e-3)
+    assert found.converged.tolist() == [1, 1]
+
+
+def test_a_pair_is_compared_where_both_exams_show_it_and_nowhere_else(autoencoder):
+    c, exams = unequal()
+    there, other = between(), [1, 0]
+    beyond = (there.abs() > 1.03).any(dim=1, keepdim=True)  # a place on a face counts as inside
+    beyond |= grid.sample(exams.foreground[other].float(), there) < 0.5
+    assert all(
+        0.1 < float((beyond & exams.foreground)[exam].sum() / exams.foreground[exam].sum()) < 0.9 for exam in other
+    )
+    target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
+    slope = torch.tensor([3.0, -2.0, 1.0]).view(1, 3, 1, 1, 1)
+    edges = (slope * c).sum(dim=1, keepdim=True) + torch.tensor([0.0, 2.0]).view(2, 1, 1, 1, 1)
+    target = target._replace(edges=edges)
+    found = implicit_terms(c, exams, autoencoder, target, None)
+    assert found.overlap.tolist() == [1, 1]
+    assert found.edges.tolist() == pytest.approx([4, 4], rel=0.01)
+    fine, coarse = (part.clone() for part in target.features)
+    shown = exams.foreground & ~beyond
+    fine[~shown.expand_as(fine)] = 7.0
+    half = grid.resize(shown.float(), tuple(coarse.shape[2:])) > 0.5
+    coarse[~half.expand_as(coarse)] = 7.0
+    again = implicit_terms(c, exams, autoencoder, target._replace(features=(fine, coarse)), None)
+    torch.testing.assert_close(again.similarity, found.similarity)
+
+
+def test_of_a_pair_structures_are_compared_where_both_exams_know_them(autoencoder):
+    c, exams = unequal()
+    target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
+    height = grid.identity(SHAPE)[:, 2].repeat(2, 1, 1, 1)
+    number = torch.ones_like(height, dtype=torch.uint8)
+    number[1] = height[1] < 2 / (SHAPE[2] - 1)  # one slice further than it is known
+    ends = torch.tensor([[[-torch.inf, torch.inf]], [[-torch.inf, 0.0]]])
+    drawn = Masks(number, height, ends, torch.ones_like(number, dtype=torch.bool))
+    found = implicit_terms(c, exams._replace(masks=drawn), autoencoder, target, None)
+    assert found.labels.tolist() == pytest.approx([0, 0], abs=1e-6)
+    everything = drawn._replace(ends=ends[:1].repeat(2, 1, 1))
+    wrong = implicit_terms(c, exams._replace(masks=everything), autoencoder, target, None)
+    assert float(wrong.labels.min()) > 0.1
+
+
+def test_the_edges_of_the_atlas_are_per_cm_of_the_atlas(autoencoder):
+    slope = torch.tensor([0.2, -0.1, 0.15])
+    height = (slope.view(1, 3, 1, 1, 1) * grid.identity((21, 25, 29))).sum(dim=1, keepdim=True)
+    c, exams = 0.7 * grid.identity(SHAPE).repeat(2, 1, 1, 1, 1), unequal()[1]
+    target = autoencoder_features(autoencoder, exams.image, exams.mm_per_box)
+    target = target._replace(edges=torch.zeros_like(target.edges))
+    found = explicit_terms(c, exams, Atlas(0.5 + height, MM_PER_ATLAS), autoencoder, target, None)
+    per_cm = 10 * torch.linalg.solve(MM_PER_ATLAS[0].T, slope).norm()
+    assert found.edges.tolist() == pytest.approx([float(per_cm.square())] * 2, rel=1e-3)

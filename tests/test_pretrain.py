@@ -30,6 +30,7 @@ from deepatlas.config import (
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.loop import NOT_FINITE_IN_A_ROW
 from deepatlas.masks import LabelMaps
+from deepatlas.objective import objective
 from deepatlas.pretrain import Lent, Run, pretrain
 from deepatlas.views import batch_of, by_anatomy, load_cohort
 
@@ -545,3 +546,83 @@ def test_what_an_exam_shows_is_lent_in_the_atlas(cohort):
     where = recipe.grid.identity((12,) * 3) / recipe.MARGIN
     there = recipe.grid.sample(run.data.foreground[:1].float(), where) > 0.5
     assert (lent - (there & recipe.grid.inside(where))[0, 0].float()).abs().mean() < 0.02
+
+
+def quiet(run: Run) -> list[float]:
+    """Let no step of a training learn; the rates it would have learned at."""
+    rates: list[float] = []
+
+    def keep(loss, network, rate: float) -> float:
+        rates.append(rate)
+        return 0.0
+
+    run._descend = keep
+    return rates
+
+
+def test_a_warm_start_teaches_the_place_in_the_seeds_box_within_the_margin(cohort):
+    run = begun(cohort)
+    quiet(run)
+    off = torch.tensor([0.1, 0.0, -0.2]).view(1, 3, 1, 1, 1)
+
+    def answer(_seen, _level):
+        crops = run.data.view([run.seed_index] * 2, run._chance(1, 4), Augmentation(), TINY.warm.bend, run.crops)
+        return 0.9 * crops.places_box + off
+
+    run.maps = answer
+    terms = run.warm_step(1, 4)
+    assert terms["loss"] == pytest.approx(0.05, rel=1e-3)
+    half_mm = run.data.box_to_mm[run.seed_index, :3, :3].norm(dim=0).mean()
+    assert terms["rms_mm"] == pytest.approx(0.05**0.5 / 0.9 * float(half_mm), rel=1e-3)
+
+
+def test_rates_rise_from_a_tenth_and_fall_in_stairs(cohort):
+    level = LevelStage(steps=50, rate=0.004, warm_up=10, loss_size=16)
+    preset = replace(TINY, levels=(level,), decay=0.5, decay_every=6)
+    run = Run.begin(load_cohort(cohort, preset, "cpu"), preset, None, None, "cpu")
+    rates = quiet(run)
+    for step in (0, 4, 7, 20):
+        run.level_step(2, step)
+    assert rates == pytest.approx([0.004 * 0.19, 0.004 * 0.55, 0.004 * 0.82 / 2, 0.004 / 8])
+    rates.clear()
+    for step in (0, 14, 60):
+        run.warm_step(1, step)
+    assert rates == pytest.approx([0.004 / 30, 0.004 / 2 / 4, 0.004 / 1024])
+
+
+def test_a_level_compares_what_exams_show_and_in_mm_of_the_seed_exam(cohort, monkeypatch):
+    run = begun(cohort)
+    quiet(run)
+    given = []
+
+    def keep(c_atlas, exams, atlas, autoencoder, weights):
+        given.append((exams, atlas))
+        return objective(c_atlas, exams, atlas, autoencoder, weights)
+
+    monkeypatch.setattr(recipe, "objective", keep)
+    run.level_step(2, 0)
+    ((exams, atlas),) = given
+    body = exams.image > 0.05  # air is 0
+    assert 0.02 < float(body.float().mean()) < 0.9
+    around = torch.nn.functional.max_pool3d(body.float(), 5, 1, 2) > 0
+    assert not exams.foreground[~around].any()
+    assert exams.foreground[body].float().mean() > 0.7
+    side = 0.9 * torch.eye(3)  # of the atlas: there the seed's box ends
+    ends = atlas.mm_per_atlas[0] @ side
+    torch.testing.assert_close(ends, run.data.box_to_mm[run.seed_index, :3, :3].float())
+
+
+def test_an_exam_is_familiar_from_part_of_what_nearly_all_exams_of_the_training_reach(cohort, trained, monkeypatch):
+    reached = iter([0.5, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(recipe, "likeness", lambda c_atlas, *_: torch.full_like(c_atlas[:, :1], next(reached)))
+    found = recipe.familiar(checkpoint.load(trained), load_cohort(cohort, TINY, "cpu")).familiar
+    assert found == pytest.approx(0.6 * (0.2 + 0.15 * 0.1))  # of four, 5 % is .15 of the way from the least to the next
+
+
+def test_gradients_are_cut_to_the_length_of_the_preset(cohort):
+    preset = replace(TINY, clip=0.01)
+    run = Run.begin(load_cohort(cohort, preset, "cpu"), preset, None, None, "cpu")
+    run.enter(1)
+    assert run._descend(run.network(run.data.image[:1], 1).sum(), run.network, 0.001) > 1
+    gradient = torch.stack([part.grad.norm() for part in run.network.parameters() if part.grad is not None]).norm()
+    assert float(gradient) == pytest.approx(0.01, rel=0.01)

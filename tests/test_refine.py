@@ -10,6 +10,7 @@ from deepatlas.autoencoder import Autoencoder
 from deepatlas.checkpoint import MARGIN, Model
 from deepatlas.config import Fitting, NetworkConfig, Weights
 from deepatlas.embedding import Embedded, likeness_of
+from deepatlas.fitting import Fitted
 from deepatlas.networks import CoordinateNetwork
 from deepatlas.prepare import Prepared, prepare
 from deepatlas.refine import DOUBTFUL, mean_of, refine, settled, template_of
@@ -104,3 +105,17 @@ def test_the_mean_of_maps_is_that_of_their_coordinates():
     _, exam, truth = scene()
     both = mean_of([Embedded(exam, truth), Embedded(exam, truth + OFF)])
     torch.testing.assert_close(both.c_atlas, truth + OFF / 2)
+
+
+def test_a_refined_map_stays_in_the_atlas(monkeypatch):
+    model, exam, truth = scene()
+    push = torch.tensor([0.3, -0.2, 0.0]).view(1, 3, 1, 1, 1)
+
+    def push_out(start, *_):
+        return Fitted(push.expand_as(start), *(torch.zeros(1),) * 3)
+
+    monkeypatch.setattr("deepatlas.refine.fit", push_out)
+    better = refine(model, exam.volume, Embedded(exam, truth), Fitting(size=SIZE))
+    low, high = torch.tensor([[-0.6, -1.0, -0.9], [1.0, 0.7, 0.9]])  # from -.9 ... .9
+    torch.testing.assert_close(better.c_atlas.amin(dim=(0, 2, 3, 4)), low)
+    torch.testing.assert_close(better.c_atlas.amax(dim=(0, 2, 3, 4)), high)

@@ -639,6 +639,21 @@ def test_each_stage_is_taught_by_its_own_terms(monkeypatch):
         assert not torch.equal(seen[step][0].image, seen[step][1].image)
 
 
+def test_the_rate_of_a_stage_rises_then_falls_along_a_cosine_and_gradients_are_cut(cases):
+    settings = replace(NO_STEPS, registration=40, rate=0.01, warm_up=5, clip=1e-3)
+    run = Run(cases, settings, None)
+    ((_, _, step_of),) = run.stages()
+    rates = []
+    for step in (0, 20, 39):
+        step_of(0, step)
+        rates.append(run.optimisers[0].param_groups[0]["lr"])
+        gradient = torch.stack([part.norm() for part in gradients(run.networks.registration)]).norm()
+        assert float(gradient) == pytest.approx(1e-3, rel=0.01)
+    assert rates[0] == pytest.approx(0.002)
+    assert rates[1] == pytest.approx(0.01 * (0.1 + 0.9 / 2))
+    assert rates[2] == pytest.approx(0.001, rel=0.02)
+
+
 def test_a_training_goes_on_from_networks_that_are_there(cases):
     start = learning(7)
     before = [weights(network) for network in start]

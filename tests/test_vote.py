@@ -106,3 +106,26 @@ def test_confidence_is_of_the_voted_mask_and_what_nobody_drew_is_not_told_of(mod
     assert list(agreed) == list(split) == ["ball"]
     assert agreed["ball"].confidence > 0.95
     assert split["ball"].confidence < 0.85
+
+
+def test_a_vote_counts_by_the_fourth_power_of_its_likeness(model, monkeypatch):
+    one, outcome = exam(), {}
+    for others in (5, 6):  # (.9 / .6)^4 is 5.06
+        alike = iter([0.9] + [0.6] * others)
+        monkeypatch.setattr("deepatlas.vote.local_correlation", lambda _a, image, _b: 0 * image + next(alike))  # noqa: B023
+        outcome[others] = owners(model, one, (one, labels(0.0, 3)), *[(one, labels(0.8, 3))] * others)
+    sure = (labels(0.0, 3).array == 3) & (labels(0.8, 3).array == 0)
+    assert (outcome[5] == 0)[sure].mean() > 0.95
+    assert not (outcome[6] == 0)[sure].any()
+
+
+def test_beyond_the_prepared_box_nobody_has_a_say(model):
+    one = exam()
+    size = 20
+    affine = np.diag([160 / (size - 1)] * 3 + [1.0])
+    affine[:3, 3] = -80
+    image, drawn = (Volume(np.full((size,) * 3, value, np.float32), affine) for value in (0, 3))
+    owner = vote(model, image, one, [Voter(one, drawn)], [3]).owner
+    away = np.abs(np.indices(owner.shape) * 160 / (size - 1) - 80).max(axis=0)  # the box ends at 60 mm
+    assert (owner[away > 60] == -1).all()
+    assert (owner[away < 60] == 0).mean() > 0.9
