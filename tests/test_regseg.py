@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepatlas import checkpoint, common_grid, grid, loop, losses, regseg, regseg_scores, transforms
+from deepatlas import augment, checkpoint, common_grid, grid, loop, losses, regseg, regseg_scores, transforms
 from deepatlas.common_grid import Frame
 from deepatlas.config import Augmentation, RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
@@ -652,7 +652,7 @@ def test_a_training_goes_on_from_networks_that_are_there(cases):
 def test_labels_are_moved_with_their_images(cases):
     wild = Augmentation(scale=0.2, rotation=0.4, translation=0.2, cut=0.0, tone=0.0)
     cases = cases._replace(image=(cases.labels[:, None] / 2).float())  # the image says what the label is
-    run = Run(cases, replace(NO_STEPS, augmentation=wild, bend=0.05), None)
+    run = Run(cases, CUBE, replace(NO_STEPS, augmentation=wild, bend=0.05), None)
     seen = run.view([0, 2, 0], run.chance(0, 0))
     assert seen.labelled.tolist() == [True, True, True]
     torch.testing.assert_close(seen.labels.sum(dim=1), torch.ones(3, *SMALL), atol=1e-5, rtol=0)
@@ -666,11 +666,22 @@ def test_labels_are_moved_with_their_images(cases):
 
 
 def test_without_augmentation_a_view_is_the_case(cases):
-    run = Run(cases, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
+    run = Run(cases, CUBE, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
     seen = run.view([3, 2], run.chance(1, 1))
     torch.testing.assert_close(seen.image, cases.image[[3, 2]], atol=1e-5, rtol=0)
     assert seen.labelled.tolist() == [False, True]
     assert torch.equal(seen.labels.argmax(dim=1), cases.labels[[3, 2]].long())
+
+
+def test_a_turn_is_one_of_the_patient_where_voxels_are_no_cubes():
+    spacing = (1.0, 1.5, 6.0)
+    turned = replace(NO_STEPS, augmentation=replace(STILL, rotation=0.15), bend=0.0)
+    where = Run(cohort(), Frame(SMALL, spacing, "0:1"), turned, None).where(1, augment.keyed(0))
+    half_mm = (np.array(SMALL) - 1) / 2 * spacing
+    index = np.moveaxis(where[0].numpy(), 0, -1).astype(float) * half_mm
+    step_mm = np.stack([np.gradient(index, mm, axis=axis)[8, 8, 8] for axis, mm in enumerate(spacing)], axis=-1)
+    np.testing.assert_allclose(step_mm.T @ step_mm, np.eye(3), atol=1e-4)
+    assert np.abs(step_mm - np.eye(3)).max() > 0.02
 
 
 def test_a_lent_view_is_a_labelled_image_in_the_shape_and_tone_of_another():
@@ -682,7 +693,7 @@ def test_a_lent_view_is_a_labelled_image_in_the_shape_and_tone_of_another():
     inside[0], inside[1, :, 1:-1, :, 3:] = True, True
     both = torch.cat([labels, torch.zeros_like(labels)])
     cases = common_grid.Cases(["a", "b"], images, inside, both, torch.tensor([True, False]), 2)
-    run = Run(cases, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
+    run = Run(cases, CUBE, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
     run.networks = answering(WHOLE)
     seen = run.lent(run.chance(0, 0))
     assert seen.labelled.tolist() == [True]
@@ -699,7 +710,7 @@ def test_lent_views_are_drawn_as_freely_as_others_and_from_all_images():
     run.networks = answering(torch.zeros(3))
     drawn = [which(run.lent(run.chance(0, step))) for step in range(30)]
     assert {case for one in drawn for case in one} == {0, 1, 3}  # in the tone of the others
-    wild = Run(cohort((2,)), replace(NO_STEPS, batch=2), None)
+    wild = Run(cohort((2,)), CUBE, replace(NO_STEPS, batch=2), None)
     one, again, other = (wild.lent(wild.chance(0, step)) for step in (0, 0, 1))
     assert torch.equal(one.image, again.image)
     assert not torch.equal(one.image, other.image)
@@ -730,7 +741,7 @@ def test_pairs_that_were_laid_are_kept_until_the_registration_learns(monkeypatch
     monkeypatch.setattr(
         regseg.RegistrationNetwork, "forward", lambda self, *given: (asked.append(1), forward(self, *given))[1]
     )
-    run = Run(cohort((2,)), NO_STEPS, learning())
+    run = Run(cohort((2,)), CUBE, NO_STEPS, learning())
     first = run.laid(2, 0)
     assert torch.equal(run.laid(2, 0), first)
     assert not torch.equal(run.laid(2, 1), first)
@@ -749,7 +760,7 @@ def numbered(labelled: tuple[int, ...]) -> Run:
     """A run whose images say which case they are."""
     cases = cohort(labelled)
     cases = cases._replace(image=torch.ones_like(cases.image) * torch.arange(4).view(4, 1, 1, 1, 1) / 10 + 0.1)
-    return Run(cases, replace(NO_STEPS, augmentation=STILL, bend=0.0, batch=2), None)
+    return Run(cases, CUBE, replace(NO_STEPS, augmentation=STILL, bend=0.0, batch=2), None)
 
 
 def which(seen: View) -> list[int]:
