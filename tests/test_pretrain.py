@@ -449,6 +449,18 @@ def test_a_few_exams_at_a_time_give_the_gradient_of_the_whole_batch(cohort):
             torch.testing.assert_close(one, whole, atol=1e-4 * float(whole.detach().abs().max()), rtol=1e-4)
 
 
+def test_the_compiled_network_is_for_steps_alone(cohort):
+    """Every other map would cost a graph, and past `recompile_limit` of them the last level is not compiled."""
+    run, steps = begun(cohort), []
+    compiled = run.network._call_impl
+    run.network._compiled_call_impl = lambda *given: steps.append(len(given[0])) or compiled(*given)
+    for number, (_, _, step_of) in enumerate(run.stages()):
+        run.enter(number)
+        step_of(number, 0)
+    recipe.familiar(run.model(), run.data)
+    assert steps == [2, 2, 2, 2]  # the batches of the warm start, two levels and a round
+
+
 def test_a_fine_cohort_is_fitted_on_its_fine_grid_and_gives_a_fine_atlas(cohort, tmp_path):
     fine = tmp_path / "fine.h5"
     store.build(cohort.parent, fine, 32, workers=0)

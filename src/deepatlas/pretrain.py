@@ -145,7 +145,7 @@ def familiar(model: Model, data: Cohorted) -> Model:
     for exam in range(len(data.names)):
         image, foreground = data.image[exam : exam + 1], grid.resize(data.foreground[exam : exam + 1].float(), shape)
         with torch.no_grad():
-            c_atlas = grid.resize(model.network(image, model.level), shape)
+            c_atlas = grid.resize(model.network.forward(image, model.level), shape)
         local = likeness(c_atlas, grid.shrink(image, shape), model.atlas, model.autoencoder)
         means.append(float((local * foreground).sum() / foreground.sum().clamp_min(1)))
     return replace(model, familiar=FAMILIAR_SHARE * float(np.quantile(means, 0.05)))
@@ -165,7 +165,7 @@ class Run:
             self.autoencoder = Autoencoder().to(device)
         if str(device).startswith("cuda"):
             self.network.mixed = self.autoencoder.mixed = preset.mixed
-            if preset.compiled:
+            if preset.compiled:  # for steps alone: the few other maps call `forward`, as each shape costs a graph
                 self.network.compile(dynamic=False)
         where = grid.identity((preset.atlas_size,) * 3, device=device) / MARGIN
         seed, box_to_mm = data.views([seed_index], min(data.finest, max(data.size, preset.atlas_size)))
@@ -332,7 +332,7 @@ class Run:
     def _predicted(self, exams: list[int], number: int) -> Tensor:
         """The network's maps; before it has seen any crop, those that the model above gives them."""
         if number > 0 or not self.begun_by_crops:
-            return self.network(self.data.image[exams], self.level)
+            return self.network.forward(self.data.image[exams], self.level)
         return self.data.starts(exams, self.data.size)
 
     def mean_atlas(self, exams: list[int]) -> Tensor:
@@ -449,7 +449,7 @@ class Run:
         """Mean distance between two levels' maps of the seed exam, in voxels of the prepared grid."""
         shape = (self.data.size,) * 3
         image = self.data.image[self.seed_index : self.seed_index + 1]
-        a, b = (grid.resize(self.network(image, level), shape) for level in (before, after))
+        a, b = (grid.resize(self.network.forward(image, level), shape) for level in (before, after))
         return float((a - b).norm(dim=1).mean() * (self.data.size - 1) / 2 / MARGIN)
 
     def _autoencoder_step(self, number: int, step: int) -> dict[str, float]:
