@@ -878,6 +878,9 @@ def test_a_training_is_resumed_as_what_it_was_begun(tmp_path, monkeypatch):
         "other labels": {"cases": cohort((0, 1))},
         "other images": {"cases": cohort((0, 2), 5)},
         "other names": {"cases": cohort()._replace(names=list("abcd"))},
+        "brighter images": {"cases": cohort()._replace(image=cohort().image + 0.1)},
+        "labels elsewhere": {"cases": cohort()._replace(labels=cohort().labels.flip(1))},
+        "images on a template": {"laid": common_grid.Template(cohort().image[:1], cohort().inside[:1])},
         "another frame": {"frame": replace(CUBE, scaling="0:2")},
         "other classes": {"classes": {"ball": 3, "core": 18}},
     }

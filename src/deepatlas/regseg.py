@@ -300,7 +300,8 @@ def train(
         raise LabelError("Expected at least one labelled image, got none; list one, or train the registration only.")
     run = Run(cases, frame, settings, start)
     about = {"settings": asdict(settings), "cases": cases.names, "frame": asdict(frame), "classes": classes}
-    about = json.loads(json.dumps(about | {"labelled": cases.labelled.tolist()}))
+    about |= {"labelled": cases.labelled.tolist(), "images": _seen_by(cases, laid)}
+    about = json.loads(json.dumps(about))
     first = (0, 0)
     folder = None if out is None else out / "training"
     if folder is not None:
@@ -314,6 +315,16 @@ def train(
     if out is not None:
         save(model, out)
     return model
+
+
+def _seen_by(cases: Cases, laid: Template | AtlasGrid | None) -> list[str]:
+    """What tells the images of a training from others. Those on an atlas differ in their last bits with the number of
+    threads, so there the map is told."""
+    if isinstance(laid, AtlasGrid):
+        told = (*laid.model.network.state_dict().values(), laid.region.box_atlas)
+    else:
+        told = (cases.image, cases.inside, cases.labels)
+    return [LAID[type(laid)], checkpoint.checksum(*told)]
 
 
 class Run:
