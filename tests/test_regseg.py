@@ -858,6 +858,25 @@ def test_a_stopped_training_goes_on_to_the_bit(uninterrupted, tmp_path, monkeypa
         assert same(weights(network), weights(stored))
 
 
+def test_the_log_of_a_resumed_training_holds_every_step_once(tmp_path, monkeypatch):
+    log = tmp_path / "model" / "training" / "log.csv"
+
+    def rows() -> list[list[str]]:
+        return [line.split(",")[:3] for line in log.read_text().splitlines()[1:]]
+
+    stopped(tmp_path / "model", "joint", 3, monkeypatch)  # logged, and not kept
+    head, *kept = (line.split(",") for line in log.read_text().splitlines())
+    later = [[stage, step, str(float(seconds) + 700), *rest] for stage, step, seconds, *rest in kept]
+    text = "\n".join(",".join(line) for line in (head, *later))
+    log.write_text(text + "\njoint,3,70")  # killed within a line
+    regseg.train(cohort(), CUBE, CLASSES, STAGES, tmp_path / "model", resume=True)
+    steps = {"registration": 2, "segmentation": 1, "semi": 2, "guided": 1, "joint": 3}
+    assert [row[:2] for row in rows()] == [[stage, str(n + 1)] for stage, count in steps.items() for n in range(count)]
+    seconds = [float(row[2]) for row in rows()]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] >= 700
+
+
 def test_a_finished_training_may_be_resumed_and_stays(uninterrupted):
     before = (uninterrupted / "weights.safetensors").read_bytes()
     told = []
