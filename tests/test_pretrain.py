@@ -5,6 +5,8 @@ import csv
 import json
 import logging
 import re
+import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from deepatlas import augment, checkpoint, files, loop, store
+from deepatlas import augment, checkpoint, files, loop, store, views
 from deepatlas import pretrain as recipe
 from deepatlas.atlas import Region, Structure
 from deepatlas.config import (
@@ -433,6 +435,37 @@ def test_every_exam_is_seen_once_before_any_is_seen_twice():
     assert flat[:7] != flat[7:14]
     assert batch_of(7, 3, 4, 5) == flat[12:15]
     assert batch_of(3, 8, 0, 0) != batch_of(3, 8, 0, 1)
+
+
+def test_a_turn_through_the_cohort_is_drawn_once(monkeypatch):
+    drawn, draw = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or draw(seed))
+    found = [exam for step in range(6) for exam in batch_of(9, 3, step, 77)]
+    assert drawn == [(77, 0), (77, 1)]
+    assert found == [*draw((77, 0)).permutation(9), *draw((77, 1)).permutation(9)]
+
+
+def test_a_fine_cohort_is_made_coarser_exam_by_exam(monkeypatch):
+    random, exams = np.random.default_rng(0), 12
+    hu = random.integers(-1000, 1000, (exams, 32, 32, 32)).astype(np.int16)
+    arrays = store.CohortArrays([str(n) for n in range(exams)], hu, hu > 0, np.stack([np.eye(4)] * exams))
+
+    class Held(nullcontext):
+        size, region = 32, "exam"
+        load = staticmethod(lambda: arrays)
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(views, "Cohort", lambda path: Held())
+    tracemalloc.start()
+    data = load_cohort(Path("held.h5"), TINY, "cpu")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 32**3 * 4  # a few arrays of one exam
+    coarse = np.clip(hu.reshape(exams, 16, 2, 16, 2, 16, 2).mean(axis=(2, 4, 6)), -256, 256)
+    np.testing.assert_array_equal(data.image[:, 0].numpy(), ((coarse + 256) / 512).astype(np.float32))
+    assert torch.equal(data.fine.hu[:, 0], torch.from_numpy(hu))
 
 
 def test_a_few_exams_at_a_time_give_the_gradient_of_the_whole_batch(cohort):
