@@ -515,6 +515,16 @@ def test_a_model_goes_on_with_another_size_of_atlas(cohort, trained, tmp_path):
     assert grown.atlas.shape[-1] == 20
 
 
+def test_a_model_goes_on_at_its_finest_level_also_with_fewer_levels(cohort, trained):
+    preset = replace(TINY, levels=TINY.levels[:1], consolidation=())
+    run = Run.begin(load_cohort(cohort, preset, "cpu"), preset, None, checkpoint.load(trained), "cpu")
+    ((name, steps, step_of),) = run.stages()
+    assert (name, steps) == ("level 16³", 2)
+    run.enter(0)
+    assert np.isfinite(step_of(0, 0)["loss"])
+    assert run.model().level == 0
+
+
 def test_the_mean_atlas_of_an_exam_with_itself_is_that_exam(cohort):
     run = Run.begin(load_cohort(cohort, TINY, "cpu"), TINY, None, None, "cpu")
     where = recipe.MARGIN * recipe.grid.identity((16, 16, 16))
