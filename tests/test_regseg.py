@@ -847,10 +847,13 @@ def stopped(folder: Path, stage: str, step: int, monkeypatch, cases: common_grid
 def test_a_stopped_training_goes_on_to_the_bit(uninterrupted, tmp_path, monkeypatch, stage, step):
     whole, told = regseg.load(uninterrupted), []
     stopped(tmp_path / "model", stage, step, monkeypatch)
+    left = tmp_path / "model" / "training" / "state-0-1.safetensors.4711.part"
+    left.touch()  # killed while it was written
     model = regseg.train(
         cohort(), CUBE, CLASSES, STAGES, tmp_path / "model", resume=True, on_progress=lambda at: told.append(at)
     )
     assert (told[0].stage, told[0].step) == (stage, step)  # it went on, and did not begin anew
+    assert not left.exists()
     for network, other, stored in zip(
         model.networks, whole.networks, regseg.load(tmp_path / "model").networks, strict=True
     ):

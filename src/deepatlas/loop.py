@@ -251,7 +251,7 @@ def save_state(folder: Path, state: State, settings: dict) -> None:
     about = {"stage": state.stage, "step": state.step, "level": state.level, "file": name, "settings": settings}
     about["shapes"] = {k: list(v.shape) for k, v in state.tensors.items()}
     checkpoint.write_text(folder / "state.json", json.dumps(about))
-    for old in folder.glob("state-*.safetensors"):
+    for old in folder.glob("state-*.safetensors*"):  # also in part, where a process was killed
         if old.name != name:
             old.unlink()
 
