@@ -1,8 +1,11 @@
 """Models on disk: they come back as they were, and nothing that is not one is loaded."""
 
 import json
+import os
 import re
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,6 +265,17 @@ def test_a_writing_that_breaks_off_leaves_the_old_file(model, folder, monkeypatc
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     save(changed, folder)
     assert list(load(folder).structures) == ["niere links"]
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed_when_it_is_written(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    path, left = tmp_path / "a[1].json", tmp_path / f"a[1].json.{ended.pid}.part"
+    kept = [tmp_path / f"{name}.part" for name in (f"b.json.{ended.pid}", f"a[1].json.{os.getppid()}", "a[1].json.x")]
+    for file in (left, *kept):
+        file.write_text("{")
+    checkpoint.write_text(path, "{}")
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
 
 
 def test_a_library_whose_description_is_not_written_is_the_old_one(model, folder, monkeypatch):

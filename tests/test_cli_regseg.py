@@ -593,3 +593,21 @@ def test_info_tells_of_a_pair_of_networks(call):
     assert about["structures"][0] == {"name": "hippocampus_anterior", "label": 1}
     assert (about["grid"], about["spacing_mm"]) == ("48 × 64 × 48", "1 × 1 × 1")
     assert "hippocampus_posterior (2)" in call("info", "hippocampus-regseg")[1]
+
+
+def test_labels_without_a_class_of_the_model_are_refused(call, known, images, tmp_path):
+    for path in (images / "labels").iterdir():
+        drawn = array_of(path)
+        save(tmp_path / "labels" / path.name, np.where(drawn > 0, 200, 0).astype(np.uint8), nib.load(path).affine)
+    words = evaluate(known, images, tmp_path / "out.json", "-l", tmp_path / "labels")
+    refused(call(*words), "ball 3, core 17", "found none")
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("more", [("--count", 3), ("--seed", 0)])
+def test_a_table_of_pairs_leaves_nothing_to_chance(call, known, images, tmp_path, more):
+    pairs = table(tmp_path / "pairs.csv", "moving,fixed", "two,one")
+    code, _, err = call(*evaluate(known, images, tmp_path / "out.json", "--pairs", pairs, *more))
+    assert code == 2
+    assert "--pairs" in err
+    assert not (tmp_path / "out.json").exists()

@@ -168,6 +168,16 @@ def test_labels_lie_where_their_image_lies(stored):
         common_grid.cases_of({"b": image}, {"b": labels}, frame, (4, 5))
 
 
+def test_more_classes_than_fit_into_a_byte_are_refused():
+    numbers = np.arange(16**3).reshape((16,) * 3)
+    image, frame = scan((16,) * 3, (1.0, 1, 1)), Frame((16,) * 3, (1.0,) * 3)
+    labels = {"a": Volume(numbers.astype(np.uint16), image.affine)}
+    most = common_grid.cases_of({"a": image}, labels, frame, tuple(range(1, 256)))
+    assert most.labels.unique().tolist() == list(range(256))
+    with pytest.raises(LabelError, match="at most 255 classes, got 256"):
+        common_grid.cases_of({"a": image}, labels, frame, tuple(range(1, 257)))
+
+
 def test_labels_may_be_set_aside():
     image, frame = scan((16,) * 3, (1.0, 1, 1)), Frame((16,) * 3, (1.0,) * 3)
     ones = Volume(np.ones((16,) * 3, np.uint8), image.affine)

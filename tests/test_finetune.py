@@ -265,6 +265,15 @@ def test_a_stopped_training_goes_on_to_the_bit(folder, labels, tuned, tmp_path):
         run(folder, tmp_path / "model", labels, often)
     with pytest.raises(ModelError, match="settings"):
         run(folder, tmp_path / "model", labels, replace(often, bend=0.1), resume=True)
+    base = checkpoint.load(folder / "model")
+    ball = base.structures["ball"]
+    for other in (
+        base.with_structures(replace(ball, mask=ball.mask.flip(0))),
+        replace(base, network=CoordinateNetwork(base.network.config)),
+    ):
+        checkpoint.save(other, tmp_path / "other")
+        with pytest.raises(ModelError, match="another --from"):
+            finetune.finetune(folder / "cohort.h5", tmp_path / "model", tmp_path / "other", labels, often, resume=True)
     run(folder, tmp_path / "model", labels, often, resume=True)
     assert (tmp_path / "model" / "head.safetensors").read_bytes() == (tuned / "head.safetensors").read_bytes()
 

@@ -5,6 +5,8 @@ import csv
 import json
 import logging
 import re
+import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from deepatlas import augment, checkpoint, files, loop, store
+from deepatlas import augment, checkpoint, files, loop, store, views
 from deepatlas import pretrain as recipe
 from deepatlas.atlas import Region, Structure
 from deepatlas.config import (
@@ -436,6 +438,37 @@ def test_every_exam_is_seen_once_before_any_is_seen_twice():
     assert batch_of(3, 8, 0, 0) != batch_of(3, 8, 0, 1)
 
 
+def test_a_turn_through_the_cohort_is_drawn_once(monkeypatch):
+    drawn, draw = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or draw(seed))
+    found = [exam for step in range(6) for exam in batch_of(9, 3, step, 77)]
+    assert drawn == [(77, 0), (77, 1)]
+    assert found == [*draw((77, 0)).permutation(9), *draw((77, 1)).permutation(9)]
+
+
+def test_a_fine_cohort_is_made_coarser_exam_by_exam(monkeypatch):
+    random, exams = np.random.default_rng(0), 12
+    hu = random.integers(-1000, 1000, (exams, 32, 32, 32)).astype(np.int16)
+    arrays = store.CohortArrays([str(n) for n in range(exams)], hu, hu > 0, np.stack([np.eye(4)] * exams))
+
+    class Held(nullcontext):
+        size, region = 32, "exam"
+        load = staticmethod(lambda: arrays)
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(views, "Cohort", lambda path: Held())
+    tracemalloc.start()
+    data = load_cohort(Path("held.h5"), TINY, "cpu")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 32**3 * 4  # a few arrays of one exam
+    coarse = np.clip(hu.reshape(exams, 16, 2, 16, 2, 16, 2).mean(axis=(2, 4, 6)), -256, 256)
+    np.testing.assert_array_equal(data.image[:, 0].numpy(), ((coarse + 256) / 512).astype(np.float32))
+    assert torch.equal(data.fine.hu[:, 0], torch.from_numpy(hu))
+
+
 def test_a_few_exams_at_a_time_give_the_gradient_of_the_whole_batch(cohort):
     results = []
     for together in (None, 1, 3):
@@ -448,6 +481,18 @@ def test_a_few_exams_at_a_time_give_the_gradient_of_the_whole_batch(cohort):
     for part in results[1:]:
         for one, whole in zip(part, results[0], strict=True):
             torch.testing.assert_close(one, whole, atol=1e-4 * float(whole.detach().abs().max()), rtol=1e-4)
+
+
+def test_the_compiled_network_is_for_steps_alone(cohort):
+    """Every other map would cost a graph, and past `recompile_limit` of them the last level is not compiled."""
+    run, steps = begun(cohort), []
+    compiled = run.network._call_impl
+    run.network._compiled_call_impl = lambda *given: steps.append(len(given[0])) or compiled(*given)
+    for number, (_, _, step_of) in enumerate(run.stages()):
+        run.enter(number)
+        step_of(number, 0)
+    recipe.familiar(run.model(), run.data)
+    assert steps == [2, 2, 2, 2]  # the batches of the warm start, two levels and a round
 
 
 def test_a_fine_cohort_is_fitted_on_its_fine_grid_and_gives_a_fine_atlas(cohort, tmp_path):
@@ -469,6 +514,16 @@ def test_a_fine_cohort_is_fitted_on_its_fine_grid_and_gives_a_fine_atlas(cohort,
 def test_a_model_goes_on_with_another_size_of_atlas(cohort, trained, tmp_path):
     grown = pretrain(cohort, tmp_path / "grown", replace(TINY, atlas_size=20), start_from=trained)
     assert grown.atlas.shape[-1] == 20
+
+
+def test_a_model_goes_on_at_its_finest_level_also_with_fewer_levels(cohort, trained):
+    preset = replace(TINY, levels=TINY.levels[:1], consolidation=())
+    run = Run.begin(load_cohort(cohort, preset, "cpu"), preset, None, checkpoint.load(trained), "cpu")
+    ((name, steps, step_of),) = run.stages()
+    assert (name, steps) == ("level 16³", 2)
+    run.enter(0)
+    assert np.isfinite(step_of(0, 0)["loss"])
+    assert run.model().level == 0
 
 
 def test_the_mean_atlas_of_an_exam_with_itself_is_that_exam(cohort):

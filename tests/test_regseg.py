@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepatlas import checkpoint, common_grid, grid, loop, losses, regseg, regseg_scores, transforms
+from deepatlas import augment, checkpoint, common_grid, grid, loop, losses, regseg, regseg_scores, transforms
 from deepatlas.common_grid import Frame
 from deepatlas.config import Augmentation, RegSeg
 from deepatlas.errors import ExamError, LabelError, ModelError
@@ -667,7 +667,7 @@ def test_a_training_goes_on_from_networks_that_are_there(cases):
 def test_labels_are_moved_with_their_images(cases):
     wild = Augmentation(scale=0.2, rotation=0.4, translation=0.2, cut=0.0, tone=0.0)
     cases = cases._replace(image=(cases.labels[:, None] / 2).float())  # the image says what the label is
-    run = Run(cases, replace(NO_STEPS, augmentation=wild, bend=0.05), None)
+    run = Run(cases, CUBE, replace(NO_STEPS, augmentation=wild, bend=0.05), None)
     seen = run.view([0, 2, 0], run.chance(0, 0))
     assert seen.labelled.tolist() == [True, True, True]
     torch.testing.assert_close(seen.labels.sum(dim=1), torch.ones(3, *SMALL), atol=1e-5, rtol=0)
@@ -681,11 +681,22 @@ def test_labels_are_moved_with_their_images(cases):
 
 
 def test_without_augmentation_a_view_is_the_case(cases):
-    run = Run(cases, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
+    run = Run(cases, CUBE, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
     seen = run.view([3, 2], run.chance(1, 1))
     torch.testing.assert_close(seen.image, cases.image[[3, 2]], atol=1e-5, rtol=0)
     assert seen.labelled.tolist() == [False, True]
     assert torch.equal(seen.labels.argmax(dim=1), cases.labels[[3, 2]].long())
+
+
+def test_a_turn_is_one_of_the_patient_where_voxels_are_no_cubes():
+    spacing = (1.0, 1.5, 6.0)
+    turned = replace(NO_STEPS, augmentation=replace(STILL, rotation=0.15), bend=0.0)
+    where = Run(cohort(), Frame(SMALL, spacing, "0:1"), turned, None).where(1, augment.keyed(0))
+    half_mm = (np.array(SMALL) - 1) / 2 * spacing
+    index = np.moveaxis(where[0].numpy(), 0, -1).astype(float) * half_mm
+    step_mm = np.stack([np.gradient(index, mm, axis=axis)[8, 8, 8] for axis, mm in enumerate(spacing)], axis=-1)
+    np.testing.assert_allclose(step_mm.T @ step_mm, np.eye(3), atol=1e-4)
+    assert np.abs(step_mm - np.eye(3)).max() > 0.02
 
 
 def test_a_lent_view_is_a_labelled_image_in_the_shape_and_tone_of_another():
@@ -697,7 +708,7 @@ def test_a_lent_view_is_a_labelled_image_in_the_shape_and_tone_of_another():
     inside[0], inside[1, :, 1:-1, :, 3:] = True, True
     both = torch.cat([labels, torch.zeros_like(labels)])
     cases = common_grid.Cases(["a", "b"], images, inside, both, torch.tensor([True, False]), 2)
-    run = Run(cases, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
+    run = Run(cases, CUBE, replace(NO_STEPS, augmentation=STILL, bend=0.0), None)
     run.networks = answering(WHOLE)
     seen = run.lent(run.chance(0, 0))
     assert seen.labelled.tolist() == [True]
@@ -714,7 +725,7 @@ def test_lent_views_are_drawn_as_freely_as_others_and_from_all_images():
     run.networks = answering(torch.zeros(3))
     drawn = [which(run.lent(run.chance(0, step))) for step in range(30)]
     assert {case for one in drawn for case in one} == {0, 1, 3}  # in the tone of the others
-    wild = Run(cohort((2,)), replace(NO_STEPS, batch=2), None)
+    wild = Run(cohort((2,)), CUBE, replace(NO_STEPS, batch=2), None)
     one, again, other = (wild.lent(wild.chance(0, step)) for step in (0, 0, 1))
     assert torch.equal(one.image, again.image)
     assert not torch.equal(one.image, other.image)
@@ -745,7 +756,7 @@ def test_pairs_that_were_laid_are_kept_until_the_registration_learns(monkeypatch
     monkeypatch.setattr(
         regseg.RegistrationNetwork, "forward", lambda self, *given: (asked.append(1), forward(self, *given))[1]
     )
-    run = Run(cohort((2,)), NO_STEPS, learning())
+    run = Run(cohort((2,)), CUBE, NO_STEPS, learning())
     first = run.laid(2, 0)
     assert torch.equal(run.laid(2, 0), first)
     assert not torch.equal(run.laid(2, 1), first)
@@ -764,7 +775,7 @@ def numbered(labelled: tuple[int, ...]) -> Run:
     """A run whose images say which case they are."""
     cases = cohort(labelled)
     cases = cases._replace(image=torch.ones_like(cases.image) * torch.arange(4).view(4, 1, 1, 1, 1) / 10 + 0.1)
-    return Run(cases, replace(NO_STEPS, augmentation=STILL, bend=0.0, batch=2), None)
+    return Run(cases, CUBE, replace(NO_STEPS, augmentation=STILL, bend=0.0, batch=2), None)
 
 
 def which(seen: View) -> list[int]:
@@ -851,15 +862,37 @@ def stopped(folder: Path, stage: str, step: int, monkeypatch, cases: common_grid
 def test_a_stopped_training_goes_on_to_the_bit(uninterrupted, tmp_path, monkeypatch, stage, step):
     whole, told = regseg.load(uninterrupted), []
     stopped(tmp_path / "model", stage, step, monkeypatch)
+    left = tmp_path / "model" / "training" / "state-0-1.safetensors.4711.part"
+    left.touch()  # killed while it was written
     model = regseg.train(
         cohort(), CUBE, CLASSES, STAGES, tmp_path / "model", resume=True, on_progress=lambda at: told.append(at)
     )
     assert (told[0].stage, told[0].step) == (stage, step)  # it went on, and did not begin anew
+    assert not left.exists()
     for network, other, stored in zip(
         model.networks, whole.networks, regseg.load(tmp_path / "model").networks, strict=True
     ):
         assert same(weights(network), weights(other))
         assert same(weights(network), weights(stored))
+
+
+def test_the_log_of_a_resumed_training_holds_every_step_once(tmp_path, monkeypatch):
+    log = tmp_path / "model" / "training" / "log.csv"
+
+    def rows() -> list[list[str]]:
+        return [line.split(",")[:3] for line in log.read_text().splitlines()[1:]]
+
+    stopped(tmp_path / "model", "joint", 3, monkeypatch)  # logged, and not kept
+    head, *kept = (line.split(",") for line in log.read_text().splitlines())
+    later = [[stage, step, str(float(seconds) + 700), *rest] for stage, step, seconds, *rest in kept]
+    text = "\n".join(",".join(line) for line in (head, *later))
+    log.write_text(text + "\njoint,3,70")  # killed within a line
+    regseg.train(cohort(), CUBE, CLASSES, STAGES, tmp_path / "model", resume=True)
+    steps = {"registration": 2, "segmentation": 1, "semi": 2, "guided": 1, "joint": 3}
+    assert [row[:2] for row in rows()] == [[stage, str(n + 1)] for stage, count in steps.items() for n in range(count)]
+    seconds = [float(row[2]) for row in rows()]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] >= 700
 
 
 def test_a_finished_training_may_be_resumed_and_stays(uninterrupted):
@@ -882,6 +915,9 @@ def test_a_training_is_resumed_as_what_it_was_begun(tmp_path, monkeypatch):
         "other labels": {"cases": cohort((0, 1))},
         "other images": {"cases": cohort((0, 2), 5)},
         "other names": {"cases": cohort()._replace(names=list("abcd"))},
+        "brighter images": {"cases": cohort()._replace(image=cohort().image + 0.1)},
+        "labels elsewhere": {"cases": cohort()._replace(labels=cohort().labels.flip(1))},
+        "images on a template": {"laid": common_grid.Template(cohort().image[:1], cohort().inside[:1])},
         "another frame": {"frame": replace(CUBE, scaling="0:2")},
         "other classes": {"classes": {"ball": 3, "core": 18}},
     }

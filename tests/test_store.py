@@ -313,6 +313,15 @@ def test_a_merge_that_fails_leaves_everything(exams, tmp_path, monkeypatch):
     assert (report.added, report.kept) == (0, 5)
 
 
+def test_what_a_killed_merge_left_is_removed(exams, tmp_path):
+    left, kept = tmp_path / ".c[1].h5.4711.part", tmp_path / ".d.h5.4711.part"
+    for file in (left, kept):
+        file.write_bytes(b"half")
+    build(exams, tmp_path / "c[1].h5", SIZE, workers=0)
+    assert not left.exists()
+    assert kept.exists()
+
+
 @pytest.mark.parametrize("after", [9, 40, 59])
 def test_a_killed_build_goes_on(tmp_path, after):
     """SIGKILL in the middle: what was flushed is kept, and the next build completes the cohort."""

@@ -19,7 +19,9 @@ type and shape against the header before any array is allocated.
 import json
 import os
 import struct
+import zlib
 from dataclasses import asdict, dataclass, field, replace
+from glob import escape
 from itertools import chain, count
 from pathlib import Path
 
@@ -476,6 +478,14 @@ def _serialised(tensors: dict[str, Tensor]) -> bytes:
     return serialised({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
 
 
+def checksum(*tensors: Tensor) -> str:
+    """What tells tensors from others, eight digits; not proof against intent."""
+    found = 0
+    for tensor in tensors:
+        found = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), found)
+    return f"{found:08x}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
     _write_bytes(path, f"{text}\n".encode())
@@ -483,6 +493,7 @@ def write_text(path: Path, text: str) -> None:
 
 def _write_bytes(path: Path, data: bytes) -> None:
     """Beside the target, to disk, then over it."""
+    _remove_left(path)
     part = path.with_name(path.name + f".{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -492,6 +503,17 @@ def _write_bytes(path: Path, data: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what processes that have ended left of a file; other systems cannot be asked whether they have."""
+    for part in path.parent.glob(f"{escape(path.name)}.*.part") if os.name == "posix" else ():
+        try:
+            os.kill(int(part.name.split(".")[-2]), 0)  # asks alone
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):  # no name of ours, or another user's process
+            continue
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -24,6 +24,9 @@ HALVINGS = 4
 LARGEST_GRID = 128
 """Nodes along the longest axis of a grid that nobody chose the spacing of."""
 
+LARGEST_CLASS = 255
+"""Label maps are kept in bytes."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -181,8 +184,12 @@ def cases_of(
         poses: of the grid in each image; middle on middle by default.
 
     Raises:
-        LabelError: a label map holds none of the numbers.
+        LabelError: a label map holds none of the numbers, or there are more of them than a byte tells apart.
     """
+    if len(numbers) > LARGEST_CLASS:
+        raise LabelError(
+            f"Expected at most {LARGEST_CLASS} classes, got {len(numbers)}; name those to learn by a table of names."
+        )
     images, insides, maps = [], [], []
     for name, volume in volumes.items():
         image, inside, pose = placed(volume, frame, poses[name] if poses else None)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -84,7 +85,8 @@ def finetune(
         )
     check_folder(out, resume)
     run = Run(data, base, settings, device)
-    about = {"settings": asdict(settings), "exams": data.names, "labels": str(labels), "--from": base.seed_exam}
+    about = {"settings": asdict(settings), "exams": data.names, "labels": str(labels)}
+    about["--from"] = [base.seed_exam, base.level, _checksum(base, labels.names)]
     about = json.loads(json.dumps(about))
     folder = out / "training"
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,13 @@ def finetune(
     model = run.model()
     checkpoint.save(model, out)
     return model
+
+
+def _checksum(base: Model, names: tuple[str, ...]) -> str:
+    """Of all that a training takes from the map: its weights, those of its head, its structures."""
+    weights = [part.state_dict().values() for part in (base.network, base.head) if part is not None]
+    known = [(s.mask, s.known, s.box_atlas, torch.tensor(s.level)) for s in (base.structures[name] for name in names)]
+    return checkpoint.checksum(*chain(*weights, *known))
 
 
 KEPT_BYTES = 2**30

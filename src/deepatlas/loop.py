@@ -50,13 +50,15 @@ class Reporter:
         first: tuple[int, int],
         on_progress: Callable[[Progress], None] | None,
         write_row: Callable[[dict], None],
+        seconds: float = 0.0,
     ) -> None:
-        """``first`` is the stage and the step that the run begins with."""
+        """``first`` is the stage and the step that the run begins with, ``seconds`` what the log has taken by then."""
         self.before = [sum(s[1] for s in stages[:n]) for n in range(len(stages) + 1)]
         self.costs = [next(cost for kind, cost in COSTS.items() if name.startswith(kind)) for name, _, _ in stages]
         self.steps = [s[1] for s in stages]
         self.on_progress, self.write_row = on_progress, write_row
         self.sums: list[dict[str, float]] = []
+        self.seconds = seconds
         self.began, self.start = time.monotonic(), self._cost(*first)
 
     def _cost(self, number: int, step: int) -> float:
@@ -76,7 +78,7 @@ class Reporter:
         spent = time.monotonic() - self.began
         worked = self._cost(number, step + 1)
         left = spent / max(worked - self.start, 1e-6) * (self._cost(len(self.steps), 0) - worked)
-        self.write_row({"stage": name, "step": step + 1, "seconds": round(spent, 1)} | means)
+        self.write_row({"stage": name, "step": step + 1, "seconds": round(self.seconds + spent, 1)} | means)
         if means.get("converged", 1.0) < CONVERGED_ALARM:
             LOG.warning(
                 "%s step %d: the implicit warp converged at %.0f %% only", name, step + 1, 100 * means["converged"]
@@ -105,6 +107,30 @@ LOG_COLUMNS = (
     *("smooth_implicit", "unsolved", "labels", "folded", "converged", "gradient"),
     *("s_augment", "s_network", "s_objective", "s_backward"),
 )
+
+
+def cut_log(path: Path, stages: list[str], first: tuple[int, int]) -> float:
+    """Cut a log where a run goes on, as later steps are done again; the seconds by then.
+
+    Args:
+        stages: the names of all, in order.
+        first: stage and step that the run begins with.
+    """
+    seconds = 0.0
+    with path.open("r+b") as file:
+        end = len(file.readline())
+        for line in file:
+            try:
+                stage, step, spent = line.decode("utf-8").split(",")[:3]
+                beyond = not line.endswith(b"\n") or (stages.index(stage), int(step)) > first
+                seconds = seconds if beyond else float(spent)
+            except ValueError:  # a row that was not written to its end
+                beyond = True
+            if beyond:
+                break
+            end += len(line)
+        file.truncate(end)
+    return seconds
 
 
 @contextmanager
@@ -147,8 +173,10 @@ def go_through(
         minutes: between two states; one is written at the end of every stage too.
         enter: called where a stage begins.
     """
-    with csv_log(log, first != (0, 0), columns) as write_row, denormals_are_zero():
-        report = Reporter(stages, first, on_progress, write_row)
+    resumed = first != (0, 0)
+    seconds = cut_log(log, [name for name, _, _ in stages], first) if resumed and log and log.exists() else 0.0
+    with csv_log(log, resumed, columns) as write_row, denormals_are_zero():
+        report = Reporter(stages, first, on_progress, write_row, seconds)
         saved = time.monotonic()
         for number, (name, steps, step_of) in enumerate(stages):
             if number < first[0]:
@@ -223,7 +251,7 @@ def save_state(folder: Path, state: State, settings: dict) -> None:
     about = {"stage": state.stage, "step": state.step, "level": state.level, "file": name, "settings": settings}
     about["shapes"] = {k: list(v.shape) for k, v in state.tensors.items()}
     checkpoint.write_text(folder / "state.json", json.dumps(about))
-    for old in folder.glob("state-*.safetensors"):
+    for old in folder.glob("state-*.safetensors*"):  # also in part, where a process was killed
         if old.name != name:
             old.unlink()
 

@@ -23,7 +23,7 @@ from deepatlas import affine, augment, checkpoint, grid, warp
 from deepatlas.atlas import Region
 from deepatlas.autoencoder import Autoencoder, Intensities
 from deepatlas.checkpoint import MARGIN, Model
-from deepatlas.config import CUBE, Augmentation, ConsolidationStage, Preset
+from deepatlas.config import CUBE, Augmentation, ConsolidationStage, LevelStage, Preset
 from deepatlas.errors import CohortError, ModelError
 from deepatlas.fitting import carried, fit
 from deepatlas.loop import (
@@ -87,7 +87,8 @@ def pretrain(
         cohort: HDF5 cohort (`deepatlas.store`).
         out: model folder; ``training/`` inside it holds the log and the state to resume from.
         preset: sizes, steps, rates; see `deepatlas.config.PRESETS`.
-        seed_exam: the exam that seeds the atlas; the one that shows most anatomy by default.
+        seed_exam: the exam that seeds the atlas; the one that shows most anatomy by default. Says nothing with
+            ``start_from``, whose atlas is gone on with.
         start_from: a trained model to go on from: its frame and its structures are kept, only the last level is
             trained.
         resume: continue a training that was stopped; to the bit on a CPU with the same number of threads.
@@ -145,7 +146,7 @@ def familiar(model: Model, data: Cohorted) -> Model:
     for exam in range(len(data.names)):
         image, foreground = data.image[exam : exam + 1], grid.resize(data.foreground[exam : exam + 1].float(), shape)
         with torch.no_grad():
-            c_atlas = grid.resize(model.network(image, model.level), shape)
+            c_atlas = grid.resize(model.network.forward(image, model.level), shape)
         local = likeness(c_atlas, grid.shrink(image, shape), model.atlas, model.autoencoder)
         means.append(float((local * foreground).sum() / foreground.sum().clamp_min(1)))
     return replace(model, familiar=FAMILIAR_SHARE * float(np.quantile(means, 0.05)))
@@ -165,7 +166,7 @@ class Run:
             self.autoencoder = Autoencoder().to(device)
         if str(device).startswith("cuda"):
             self.network.mixed = self.autoencoder.mixed = preset.mixed
-            if preset.compiled:
+            if preset.compiled:  # for steps alone: the few other maps call `forward`, as each shape costs a graph
                 self.network.compile(dynamic=False)
         where = grid.identity((preset.atlas_size,) * 3, device=device) / MARGIN
         seed, box_to_mm = data.views([seed_index], min(data.finest, max(data.size, preset.atlas_size)))
@@ -261,7 +262,8 @@ class Run:
             rounds.append((f"fitting {number + 1}", batches, partial(self._fitting_step, stage)))
             rounds.append((f"consolidation {number + 1}", stage.steps, partial(self._consolidation_step, stage)))
         if self.from_model:
-            return rounds or levels[-1:]
+            name = f"level {preset.network.sizes[self.level]}³"
+            return rounds or [(name, self._of_level().steps, self.level_step)]
         return [
             ("autoencoder", preset.autoencoder.steps, self._autoencoder_step),
             ("warm start", preset.warm.steps, self.warm_step),
@@ -332,7 +334,7 @@ class Run:
     def _predicted(self, exams: list[int], number: int) -> Tensor:
         """The network's maps; before it has seen any crop, those that the model above gives them."""
         if number > 0 or not self.begun_by_crops:
-            return self.network(self.data.image[exams], self.level)
+            return self.network.forward(self.data.image[exams], self.level)
         return self.data.starts(exams, self.data.size)
 
     def mean_atlas(self, exams: list[int]) -> Tensor:
@@ -441,6 +443,10 @@ class Run:
     def _mm_per_atlas(self) -> Tensor:
         return (self.seed_box_to_mm[:3, :3] / MARGIN).float().to(self.device)[None]
 
+    def _of_level(self) -> LevelStage:
+        """How the level is trained; one finer than any of the preset, as the last of them."""
+        return self.preset.levels[min(self.network.coarsest - self.level, len(self.preset.levels) - 1)]
+
     def _level_of(self, number: int) -> int:
         return self.level if self.from_model else self.network.coarsest - (number - 2)
 
@@ -449,7 +455,7 @@ class Run:
         """Mean distance between two levels' maps of the seed exam, in voxels of the prepared grid."""
         shape = (self.data.size,) * 3
         image = self.data.image[self.seed_index : self.seed_index + 1]
-        a, b = (grid.resize(self.network(image, level), shape) for level in (before, after))
+        a, b = (grid.resize(self.network.forward(image, level), shape) for level in (before, after))
         return float((a - b).norm(dim=1).mean() * (self.data.size - 1) / 2 / MARGIN)
 
     def _autoencoder_step(self, number: int, step: int) -> dict[str, float]:
@@ -475,7 +481,7 @@ class Run:
         return {"loss": float(error.detach()), "rms_mm": float(error.detach().sqrt() / MARGIN * mm_per_box)}
 
     def level_step(self, number: int, step: int) -> dict[str, float]:
-        stage = self.preset.levels[self.network.coarsest - self.level]
+        stage = self._of_level()
         clock = [time.perf_counter()]
         exams = batch_of(len(self.data.names), self.preset.batch, step, self.preset.seed + 1 + number)
         view = self.data.view(exams, self._chance(number, step), self.preset.augmentation)

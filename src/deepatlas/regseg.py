@@ -298,9 +298,10 @@ def train(
         raise ExamError(f"Expected at least 2 images to pair, got {len(cases.names)}; give a folder of more.")
     if not cases.labelled.any() and settings.segmentation + settings.semi + settings.joint:
         raise LabelError("Expected at least one labelled image, got none; list one, or train the registration only.")
-    run = Run(cases, settings, start)
+    run = Run(cases, frame, settings, start)
     about = {"settings": asdict(settings), "cases": cases.names, "frame": asdict(frame), "classes": classes}
-    about = json.loads(json.dumps(about | {"labelled": cases.labelled.tolist()}))
+    about |= {"labelled": cases.labelled.tolist(), "images": _seen_by(cases, laid)}
+    about = json.loads(json.dumps(about))
     first = (0, 0)
     folder = None if out is None else out / "training"
     if folder is not None:
@@ -316,11 +317,21 @@ def train(
     return model
 
 
+def _seen_by(cases: Cases, laid: Template | AtlasGrid | None) -> list[str]:
+    """What tells the images of a training from others. Those on an atlas differ in their last bits with the number of
+    threads, so there the map is told."""
+    if isinstance(laid, AtlasGrid):
+        told = (*laid.model.network.state_dict().values(), laid.region.box_atlas)
+    else:
+        told = (cases.image, cases.inside, cases.labels)
+    return [LAID[type(laid)], checkpoint.checksum(*told)]
+
+
 class Run:
     """Both networks and their optimisers. Every step draws its chance from the seed, the stage and the step alone."""
 
-    def __init__(self, cases: Cases, settings: RegSeg, start: Networks | None) -> None:
-        self.cases, self.settings = cases, settings
+    def __init__(self, cases: Cases, frame: Frame, settings: RegSeg, start: Networks | None) -> None:
+        self.cases, self.frame, self.settings = cases, frame, settings
         self.networks = copy.deepcopy(start) if start else networks_for(cases.classes, settings.seed)
         self.networks.registration.passes = settings.passes
         for network in self.networks:
@@ -445,8 +456,10 @@ class Run:
     def where(self, count: int, chance: Generator, share: float = 1.0) -> Coordinates:
         """Random affine maps and bends of the grid."""
         how, shape = self.settings.augmentation.gentler(share), tuple(self.cases.image.shape[2:])
-        half_mm = torch.diag(torch.tensor([float(n - 1) for n in shape])).expand(count, 3, 3)
-        matrix = augment.draw_affine(half_mm, chance, how.scale, how.rotation, how.translation)
+        finest = min(self.frame.spacing_mm)  # a turn depends on the proportions of the box alone
+        sides = [(n - 1) * (mm / finest) for n, mm in zip(shape, self.frame.spacing_mm, strict=True)]
+        box = torch.diag(torch.tensor(sides)).expand(count, 3, 3)
+        matrix = augment.draw_affine(box, chance, how.scale, how.rotation, how.translation)
         bend = grid.resize(augment.draw_bend(count, chance, share * self.settings.bend), shape)
         return augment.place(matrix, shape) + bend
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepatlas.errors import ExamError
+from deepatlas.errors import ExamError, LabelError
 from deepatlas.metrics import bootstrap_interval, dice
 from deepatlas.regseg import Model, register, register_placed, segment
 from deepatlas.transforms import Transform, folded, moved
@@ -75,6 +75,21 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
         return pairs
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise ExamError(f"Expected a table with columns moving,fixed in {path} ({error}); mend it.") from None
+
+
+def check_classes(model: Model, exams: dict[str, tuple[Volume, Volume]], pairs: list[tuple[str, str]]) -> None:
+    """Refuse label maps by which nothing can be scored.
+
+    Args:
+        exams, pairs: as for `scores`.
+
+    Raises:
+        LabelError: no exam of the pairs has a class of the model in its label map.
+    """
+    numbers = list(model.classes.values())
+    if not any(np.isin(exams[name][1].array, numbers).any() for name in {name for pair in pairs for name in pair}):
+        said = ", ".join(f"{name} {number}" for name, number in model.classes.items())
+        raise LabelError(f"Expected labels of {said} in the exams of the pairs, found none; give the model's labels.")
 
 
 def scores(

@@ -30,8 +30,10 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from glob import escape
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -360,6 +362,9 @@ def _lock(file: BinaryIO, cohort: Path) -> None:
 
 def _merge(cohort: Path, journal: _Journal, size: int, region: str, failed: dict[str, str]) -> None:
     """Write the cohort anew with the journal's exams, sorted by name, and put it into place in one step."""
+    for left in cohort.parent.glob(f".{escape(cohort.name)}.*.part"):  # of builds that were killed: we hold the lock
+        with suppress(OSError):  # where there is none, another build may be writing
+            left.unlink()
     part = cohort.with_name(f".{cohort.name}.{os.getpid()}.part")
     old = _open(cohort) if cohort.exists() else None
     try:

@@ -3,6 +3,7 @@
 Source: §5.5.2; chance comes from the caller's generator (`deepatlas.augment`).
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,18 +171,20 @@ def load_cohort(path: Path, preset: Preset, device: str, labels: LabelMaps | Non
             f"{path} holds {len(arrays.names)} exams at {size}³, the labels are of {len(labels.maps)} at "
             f"{labels.maps.shape[1]}³; read them for this cohort."
         )
-    names, hu, foreground = list(arrays.names), torch.from_numpy(arrays.hu), torch.from_numpy(arrays.foreground)
-    box_to_mm, fine = torch.from_numpy(arrays.box_to_mm), None
+    names, fine = list(arrays.names), None
     if size > preset.network.size:
-        fine = Fine(hu[:, None], foreground[:, None].to(device), box_to_mm)
-        coarse = [Prepared(*each).pooled() for each in zip(arrays.hu, arrays.foreground, arrays.box_to_mm, strict=True)]
-        hu, foreground, box_to_mm = (
-            torch.from_numpy(np.stack([getattr(one, part) for one in coarse]))
-            for part in ("hu", "foreground", "box_to_mm")
-        )
-    image = torch.from_numpy(window(hu.numpy()))[:, None].to(device)
+        hu, seen, box_to_mm = (torch.from_numpy(part) for part in (arrays.hu, arrays.foreground, arrays.box_to_mm))
+        fine = Fine(hu[:, None], seen[:, None].to(device), box_to_mm)
+    shape = (len(names), *(preset.network.size,) * 3)
+    image, foreground = torch.empty(shape), torch.empty(shape, dtype=torch.bool)
+    box_to_mm = torch.empty(len(names), 4, 4, dtype=torch.float64)
+    for exam, parts in enumerate(zip(arrays.hu, arrays.foreground, arrays.box_to_mm, strict=True)):  # to hold one alone
+        one = Prepared(*parts).pooled() if fine else Prepared(*parts)
+        image[exam] = torch.from_numpy(window(one.hu))
+        foreground[exam] = torch.from_numpy(one.foreground)
+        box_to_mm[exam] = torch.from_numpy(one.box_to_mm)
+    image, seen = image[:, None].to(device), foreground[:, None].to(device)
     start = None if arrays.start is None else torch.from_numpy(arrays.start.astype(np.float32))
-    seen = foreground[:, None].to(device)
     return Cohorted(names, image, seen, box_to_mm, preset.network.size, region, fine, start, labels)
 
 
@@ -190,9 +193,14 @@ def batch_of(exams: int, batch: int, step: int, seed: int) -> list[int]:
     chosen = []
     for place in range(step * batch, (step + 1) * batch):
         turn, index = divmod(place, exams)
-        order = np.random.default_rng((seed, turn)).permutation(exams)
-        chosen.append(int(order[index]))
+        chosen.append(_order(exams, seed, turn)[index])
     return chosen
+
+
+@lru_cache(maxsize=4)
+def _order(exams: int, seed: int, turn: int) -> tuple[int, ...]:
+    """The order of the exams in a turn."""
+    return tuple(np.random.default_rng((seed, turn)).permutation(exams).tolist())
 
 
 def by_anatomy(data: Cohorted) -> list[int]:

@@ -215,13 +215,15 @@ def evaluate(
     pairs: Annotated[
         Path | None, typer.Option("--pairs", help="CSV of moving,fixed; by default --count random ones.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Random pairs.", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="Of the random pairs.", min=0)] = 0,
+    count: Annotated[int | None, typer.Option(help="Random pairs; by default 200.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random pairs; by default 0.", min=0)] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Score segmentation of labelled images and registration of pairs of them."""
     from deepatlas import checkpoint, files, outputs, regseg, regseg_scores
 
+    if pairs and (count, seed) != (None, None):
+        raise typer.BadParameter("pairs of a table are not drawn at random.", param_hint="--pairs, --count, --seed")
     outputs.check_file(output, (".json",))
     outputs.claim([output], overwrite)
     loaded = regseg.load(checkpoint.find(model))
@@ -235,14 +237,20 @@ def evaluate(
     for name in wanted:
         image = files.read_image(paths[name])
         both[name] = (image, files.read_labels(drawn[name], like=image))
-    chosen = regseg_scores.read_pairs(pairs) if pairs else regseg_scores.random_pairs(wanted, count, seed)
+    chosen = regseg_scores.read_pairs(pairs) if pairs else regseg_scores.random_pairs(wanted, count or 200, seed or 0)
     unknown = {name for pair in chosen for name in pair} - both.keys()
     if unknown:
         raise ExamError(f"Expected pairs of the labelled exams, got {sorted(unknown)[0]}; correct the list of pairs.")
+    regseg_scores.check_classes(loaded, both, chosen)
     with counting("Scoring") as told:
         about = regseg_scores.scores(loaded, both, chosen, told)
     checkpoint.write_text(output, json.dumps(about, indent=1))
+    segmented, laid = about["segmentation"], about["registration"]
     typer.echo(
-        f"segmentation Dice {about['segmentation']['mean']:.3f} over {len(both)} exams, registration Dice "
-        f"{about['registration']['mean']:.3f} over {len(chosen)} pairs, {about['registration']['folded']:.3%} folded."
+        f"segmentation Dice {_told(segmented['mean'])} over {len(both)} exams, registration Dice "
+        f"{_told(laid['mean'])} over {len(chosen)} pairs, {laid['folded']:.3%} folded."
     )
+
+
+def _told(mean: float | None) -> str:
+    return "unknown" if mean is None else f"{mean:.3f}"
