@@ -93,8 +93,8 @@ def coordinates(places: np.ndarray, body: Body = unmoved) -> np.ndarray:
 
 
 def exact(model: Model, exam: Volume, region: str = "exam", body: Body = unmoved) -> Embedded:
-    """An exam with its true coordinates."""
-    prepared = prepare(exam, model.size, region)
+    """An exam with its true coordinates, in a box that is turned where the exam's grid is."""
+    prepared = prepare(exam, model.size, region, upright=False)
     where = grid.identity((model.size,) * 3, torch.float64)[0].flatten(1).T.numpy()
     c = coordinates(apply(prepared.box_to_mm, where), body).T.reshape(1, 3, *(model.size,) * 3)
     return Embedded(prepared, torch.from_numpy(c).float())

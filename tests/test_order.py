@@ -22,11 +22,11 @@ ORDER = [
     *(
         "embedding",
         "found",
+        "refine",
         "dense",
         "places",
         "classifier",
         "segmentation",
-        "refine",
         "locate",
         "pairs",
         "regions",

@@ -641,7 +641,7 @@ def test_each_stage_is_taught_by_its_own_terms(monkeypatch):
 
 def test_the_rate_of_a_stage_rises_then_falls_along_a_cosine_and_gradients_are_cut(cases):
     settings = replace(NO_STEPS, registration=40, rate=0.01, warm_up=5, clip=1e-3)
-    run = Run(cases, settings, None)
+    run = Run(cases, CUBE, settings, None)
     ((_, _, step_of),) = run.stages()
     rates = []
     for step in (0, 20, 39):

@@ -50,7 +50,7 @@ def model(monkeypatch, exam):
     labels = Volume(balls(places, CENTRE, OTHER).astype(np.int16), labelled.affine)
     known = define(blank(), [(labelled, labels)], {"ball": 1, "other": 2})
     structures = {name: replace(one, label=NAMES[name]) for name, one in known.structures.items()}
-    box_to_mm = prepare(exam[0], known.size, known.region).box_to_mm
+    box_to_mm = prepare(exam[0], known.size, known.region, upright=False).box_to_mm
     return replace(known, structures=structures, head=Drawing(box_to_mm), segmented={"ball": 0, "other": 1})
 
 

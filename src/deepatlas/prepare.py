@@ -7,7 +7,7 @@ through affines and nothing is ever flipped back.
 Source: DeepATLAS (Chang 2024), §5.5.2 (resampling) and §5.5.3 (foreground).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -261,11 +261,16 @@ def _along_patient(volume: Volume, size: int, region: str) -> Prepared:
         occupied = np.argwhere(coarse.foreground)
         ends = np.stack([occupied.min(axis=0) - 1, occupied.max(axis=0) + 1])
         low, high = np.clip(apply(coarse.volume.affine, ends), low, high)
-    if extent_mm is None:
-        return prepare_cube(volume, size, _box_between(low, high))
-    reach = np.full(3, extent_mm / 2)
-    centre = (low + high) / 2
-    return prepare_cube(volume, size, _box_between(centre - reach, centre + reach), BODY_LEAST)
+    least = FOREGROUND_LEAST
+    if extent_mm is not None:
+        centre, least = (low + high) / 2, BODY_LEAST
+        low, high = centre - extent_mm / 2, centre + extent_mm / 2
+    found = prepare_cube(volume, size, _box_between(low, high), least)
+    # the corners of the box are no part of the exam: nothing there is patient, however smooth the foreground
+    last = np.array(volume.shape) - 0.5
+    planes = planes_mm(found.hu.shape, volume.inverse @ found.volume.affine)  # in voxels of the exam
+    reached = np.stack([((plane >= -0.5) & (plane <= last)).all(axis=-1) for plane in planes])
+    return replace(found, foreground=found.foreground & reached)
 
 
 def _box_between(low_mm: np.ndarray, high_mm: np.ndarray) -> np.ndarray:
