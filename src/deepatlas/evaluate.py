@@ -27,9 +27,9 @@ from deepatlas import files, metrics, volume
 from deepatlas.errors import LabelError
 
 SCORES = ("dice", "hd95_mm", "centroid_mm", "dice_in_range", "hd95_in_range_mm")
+COLUMNS = ("exam", "structure", *SCORES, "status")
 FEW = 4096
 """Label numbers up to here are looked for one by one."""
-COLUMNS = ("exam", "structure", *SCORES, "status")
 
 Results = dict[str, Any]
 

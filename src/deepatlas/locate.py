@@ -148,6 +148,8 @@ class _Labelled(NamedTuple):
 
 def _thin(labels: Volume, stride: np.ndarray, numbers: Iterable[int]) -> np.ndarray:
     """Voxels of structures of which thinning a label map leaves less than `LEAST_POINTS`, those that it leaves out."""
+    if (stride == 1).all():
+        return np.zeros((0, 3), dtype=int)
     drawn = np.argwhere(np.isin(labels.array, list(numbers)))
     left = (drawn % stride == 0).all(axis=1)
     values = labels.array[tuple(drawn.T)]

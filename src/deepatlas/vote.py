@@ -118,8 +118,7 @@ def locate_by_vote(
     Args:
         names: structure → number in the voters' label maps.
     """
-    drawn = set().union(*(np.unique(one.labels.array).tolist() for one in voters))
-    names = {name: number for name, number in names.items() if number in drawn}
+    names = {name: n for name, n in names.items() if any((one.labels.array == n).any() for one in voters)}
     outcome = vote(model, exam, embedded, voters, list(names.values()), fine)
     found = redrawn(locate(model, exam, names, embedded), outcome.owner, exam)
     alike = likeness_of(model, embedded)
